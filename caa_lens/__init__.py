@@ -1,0 +1,58 @@
+"""Contrastive activation addition for TransformerLens.
+
+import caa_lens as caa
+
+model = caa.load_model("smollm2-135m-instruct")
+train, held_out = caa.load_pairs("formality").split(held_out=30, seed=0)
+vectors = caa.extract(model, train)
+with caa.steer(model, vectors[14]):
+    print(caa.generate(model, "How was your weekend?"))
+"""
+
+from caa_lens.directions import ablate, add, clamp, gate
+from caa_lens.errors import CaaLensError, CaaLensWarning, InputError, MissingError
+from caa_lens.experiments.sweep import SweepResult, score, sweep
+from caa_lens.extraction import extract, load_activations
+from caa_lens.hooks import steering_hooks
+from caa_lens.models import load_model
+from caa_lens.pairs import ContrastPair, PairSet, behaviours, load_pairs
+from caa_lens.prompts import ChatTemplate, Llama2Base, Llama2Chat, Plain, Template
+from caa_lens.steering import generate, show_positions, steer
+from caa_lens.vector import Provenance, SteeringVector, VectorSet, load_vectors, normalize_across
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "load_model",
+    "load_pairs",
+    "behaviours",
+    "ContrastPair",
+    "PairSet",
+    "extract",
+    "load_activations",
+    "SteeringVector",
+    "VectorSet",
+    "Provenance",
+    "normalize_across",
+    "load_vectors",
+    "steer",
+    "steering_hooks",
+    "generate",
+    "show_positions",
+    "score",
+    "sweep",
+    "SweepResult",
+    "add",
+    "ablate",
+    "clamp",
+    "gate",
+    "Template",
+    "Llama2Chat",
+    "Llama2Base",
+    "ChatTemplate",
+    "Plain",
+    "CaaLensError",
+    "InputError",
+    "MissingError",
+    "CaaLensWarning",
+]

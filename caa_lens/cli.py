@@ -1,0 +1,301 @@
+"""The command line: each command is a thin layer over one function of the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import caa_lens as caa
+from caa_lens.models.checkpoints import EMBEDDED
+
+console = Console(highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0, 1 for a `CaaLensError` (whose message is printed), 130 when interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except caa.CaaLensError as error:
+        print(f"caa-lens: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("caa-lens: interrupted; what was stored stays, run the same command to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="caa-lens", description="Contrastive activation addition for TransformerLens models."
+    )
+    parser.add_argument("--version", action="version", version=f"caa-lens {caa.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], None], text: str, example: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        added.add_argument("--model", default=EMBEDDED, help=f"hub id, directory, .gguf file (default {EMBEDDED})")
+        added.add_argument("--kind", choices=("hooked", "bridge"), help="TransformerLens class (default: hooked first)")
+        added.add_argument("--dtype", help="float32, bfloat16, ... (default: float32 on the CPU)")
+        added.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+        return added
+
+    def pair_options(added: argparse.ArgumentParser, *, held_out: int) -> None:
+        added.add_argument("--pairs", default="formality", help="built-in behaviour or file (default formality)")
+        added.add_argument(
+            "--held-out", type=int, default=held_out, help=f"pairs kept for testing (default {held_out})"
+        )
+        added.add_argument("--seed", type=int, default=0, help="of the split and of random controls (default 0)")
+
+    def steering_options(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--vectors", type=Path, required=True, help="file written by extract or demo")
+        added.add_argument("--positions", default="after_instruction", help="after_instruction, all, generated, last")
+
+    demo = command(
+        "demo",
+        _demo,
+        "Extract a behaviour, measure it beside its controls, and show steered answers.",
+        "caa-lens demo --out out",
+    )
+    pair_options(demo, held_out=30)
+    demo.add_argument("--layer", type=int, help="layer to steer at (default: the middle one)")
+    demo.add_argument("--out", type=Path, default=Path("out"), help="folder for the vectors (default out)")
+
+    extract = command(
+        "extract",
+        _extract,
+        "Compute steering vectors from contrast pairs, at every layer.",
+        "caa-lens extract --pairs sentiment --out sentiment.safetensors",
+    )
+    pair_options(extract, held_out=30)
+    extract.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
+    extract.add_argument("--layers", type=int, nargs="+", help="0-based layers (default all)")
+    extract.add_argument("--read", help="answer, completion_mean, last or an integer (default: by the kind of pairs)")
+    extract.add_argument(
+        "--store", type=Path, help="folder that keeps the activations; an interrupted run goes on there"
+    )
+
+    generate = command(
+        "generate",
+        _generate,
+        "Answer prompts with and without steering.",
+        'caa-lens generate "How was your weekend?" --vectors out/formality.safetensors --layer 14 --multipliers -1 0 1',
+    )
+    generate.add_argument("prompts", nargs="+", help="one or more prompts")
+    steering_options(generate)
+    generate.add_argument("--layer", type=int, required=True, help="layer of the vector")
+    generate.add_argument("--multipliers", type=float, nargs="+", default=[1.0], help="strengths (default 1)")
+    generate.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default 64)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+
+    for name, run, text in (
+        ("score", _score, "Score held-out pairs under one vector, beside its controls."),
+        ("sweep", _sweep, "Score held-out pairs over layers and multipliers."),
+    ):
+        added = command(
+            name,
+            run,
+            text,
+            f"caa-lens {name} --vectors out/formality.safetensors --pairs formality "
+            + ("--layer 14" if name == "score" else "--layers 10 14 18 --save sweep.parquet"),
+        )
+        pair_options(added, held_out=30)
+        steering_options(added)
+        if name == "score":
+            added.add_argument("--layer", type=int, required=True, help="layer of the vector")
+        else:
+            added.add_argument("--layers", type=int, nargs="+", help="0-based layers (default all)")
+            added.add_argument("--controls", action="store_true", help="run the controls at every layer too")
+        added.add_argument("--metric", choices=("letter", "letter_published", "logprob"), help="default: by the pairs")
+        added.add_argument("--multipliers", type=float, nargs="+", default=[-1.0, 0.0, 1.0], help="default -1 0 1")
+        added.add_argument(
+            "--store", type=Path, help="folder that keeps finished items; an interrupted run goes on there"
+        )
+        added.add_argument("--save", type=Path, help="write the items' table: .parquet, .json or .csv")
+    return parser
+
+
+def _load(arguments: Any) -> Any:
+    started = time.perf_counter()
+    model = caa.load_model(arguments.model, kind=arguments.kind, dtype=arguments.dtype, device=arguments.device)
+    console.print(f"loaded {arguments.model} as {type(model).__name__} in {time.perf_counter() - started:.0f} s")
+    return model
+
+
+def _split(arguments: Any) -> tuple[caa.PairSet, caa.PairSet]:
+    return caa.load_pairs(arguments.pairs).split(held_out=arguments.held_out, seed=arguments.seed)
+
+
+def _extract(arguments: Any) -> None:
+    train, held_out = _split(arguments)
+    read = arguments.read
+    if read is not None and read.lstrip("-").isdigit():
+        read = int(read)
+    model = _load(arguments)
+    vectors = caa.extract(model, train, layers=arguments.layers, read=read, store=arguments.store)
+    vectors.save(arguments.out)
+    console.print(_norm_table(vectors))
+    console.print(f"{len(train)} pairs ({len(held_out)} held out, seed {arguments.seed}) -> {arguments.out}")
+
+
+def _generate(arguments: Any) -> None:
+    vectors = caa.load_vectors(arguments.vectors)
+    v = vectors[arguments.layer]
+    model = _load(arguments)
+    answers = _answers(
+        model,
+        v,
+        arguments.prompts,
+        arguments.multipliers,
+        positions=arguments.positions,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
+    console.print(_answer_table(arguments.prompts, answers))
+
+
+def _score(arguments: Any) -> None:
+    _, held_out = _split(arguments)
+    v = caa.load_vectors(arguments.vectors)
+    model = _load(arguments)
+    _measure(arguments, model, v, held_out, layers=[arguments.layer], controls=True)
+
+
+def _sweep(arguments: Any) -> None:
+    _, held_out = _split(arguments)
+    vectors = caa.load_vectors(arguments.vectors)
+    model = _load(arguments)
+    _measure(arguments, model, vectors, held_out, layers=arguments.layers, controls=arguments.controls)
+
+
+def _measure(
+    arguments: Any,
+    model: Any,
+    vectors: caa.VectorSet,
+    held_out: caa.PairSet,
+    *,
+    layers: Sequence[int] | None,
+    controls: bool,
+) -> None:
+    result = caa.sweep(
+        model,
+        vectors,
+        held_out,
+        layers=layers,
+        multipliers=arguments.multipliers,
+        metric=arguments.metric,
+        controls=controls,
+        positions=arguments.positions,
+        seed=arguments.seed,
+        store=arguments.store,
+    )
+    if arguments.save:
+        result.save(arguments.save)
+    console.print(_score_table(result))
+    if len(set(arguments.multipliers)) > 1:
+        console.print(result.verdict())
+
+
+def _demo(arguments: Any) -> None:
+    pairs = caa.load_pairs(arguments.pairs)
+    train, held_out = _split(arguments)
+    model = _load(arguments)
+    vectors = caa.extract(model, train)
+    path = arguments.out / f"{pairs.name.replace('/', '-')}.safetensors"
+    vectors.save(path)
+    console.print(_norm_table(vectors))
+    layer = vectors[len(vectors) // 2 - 1 if arguments.layer is None else arguments.layer].layer
+    console.print(f"\nHeld-out contrast at layer {layer}, beside directions of the same norm:")
+    one_each = caa.VectorSet([vectors[layer]], {"shuffled-0": vectors.controls["shuffled-0"]})
+    test = held_out[:DEMO_ITEMS]
+    result = caa.sweep(model, one_each, test, multipliers=(-1, -0.5, 0, 0.5, 1), controls=1, seed=arguments.seed)
+    console.print(_score_table(result))
+    console.print(result.verdict())
+    prompts = list(pairs.open_prompts[:DEMO_PROMPTS]) or [pair.prompt for pair in held_out[:DEMO_PROMPTS]]
+    with console.status("generating"):
+        answers = _answers(model, vectors[layer], prompts, (-1.0, 0.0, 1.0), max_new_tokens=DEMO_TOKENS)
+    console.print(f"\nGreedy answers, {DEMO_TOKENS} tokens, steered at layer {layer}:")
+    console.print(_answer_table(prompts, answers))
+    console.print(
+        f"saved {path}. Try next:\n"
+        f'  caa-lens generate "{prompts[0]}" --vectors {path} --layer {layer} --multipliers -1 1 3\n'
+        f"  caa-lens sweep --pairs {pairs.name} --vectors {path}\n"
+        "  caa-lens demo --pairs sentiment"
+    )
+
+
+DEMO_ITEMS, DEMO_PROMPTS, DEMO_TOKENS = 16, 3, 32
+"""Sizes of the demo: as many as finish within a minute and a half on two processor cores."""
+
+
+def _answers(
+    model: Any,
+    v: caa.SteeringVector,
+    prompts: Sequence[str],
+    multipliers: Sequence[float],
+    *,
+    positions: Any = "after_instruction",
+    **options: Any,
+) -> dict[float, list[str]]:
+    """Answers of each prompt at each multiplier, all in one batch: every row has its own strength."""
+    rows = [prompt for _ in multipliers for prompt in prompts]
+    strength = torch.tensor(multipliers).repeat_interleave(len(prompts))
+    with caa.steer(model, v, positions=positions, strength=strength):
+        texts = caa.generate(model, rows, batch_size=len(rows), **options)
+    return {m: texts[k * len(prompts) : (k + 1) * len(prompts)] for k, m in enumerate(multipliers)}
+
+
+def _norm_table(vectors: caa.VectorSet) -> Table:
+    table = Table(title=f"{vectors.provenance.expression}: norms by layer")
+    for heading in ("layer", "|v|", "|residual|", "|v| / |residual|"):
+        table.add_column(heading, justify="right")
+    for v in vectors.values():
+        table.add_row(str(v.layer), f"{v.norm:.2f}", f"{v.residual_norm or 0:.1f}", f"{v.relative_norm or 0:.3f}")
+    return table
+
+
+def _score_table(result: caa.SweepResult) -> Table:
+    """One row a vector and layer, one column a multiplier: the mean, and below it the 95% interval."""
+    summary = result.to_pandas()
+    multipliers = sorted(summary["multiplier"].unique())
+    title = f"{result.metric.name} in {result.metric.unit}, mean and 95% interval, n = {summary['n'].iloc[0]}"
+    table = Table(title=title, show_lines=True)
+    table.add_column("vector @ layer", no_wrap=True)
+    for multiplier in multipliers:
+        table.add_column(f"{multiplier:+g}", justify="center", no_wrap=True)
+    for (vector, layer), group in summary.groupby(["vector", "layer"], sort=False):
+        cells = []
+        for _, row in group.sort_values("multiplier").iterrows():
+            mass = f"\nmass {row['mass']:.2f}" if "mass" in row else ""
+            cells.append(f"{row['value']:+.2f}\n{row['low']:+.2f} {row['high']:+.2f}{mass}")
+        table.add_row(f"{vector} @ {layer}", *cells)
+    return table
+
+
+def _answer_table(prompts: Sequence[str], answers: dict[float, list[str]]) -> Table:
+    table = Table(show_lines=True)
+    table.add_column("prompt", ratio=1)
+    for multiplier in answers:
+        table.add_column(f"{multiplier:+g}", ratio=2)
+    for row, prompt in enumerate(prompts):
+        # As plain text: an answer may hold square brackets, which are markup otherwise.
+        table.add_row(Text(prompt), *(Text(texts[row]) for texts in answers.values()))
+    return table

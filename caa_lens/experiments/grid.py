@@ -1,0 +1,170 @@
+"""Log-probabilities of chosen tokens for many texts under many steering settings, exactly and without repeated work.
+
+    result[text][setting, target] = log p(token | text before it, steering)
+
+No token before the first steered one depends on layer or multiplier. So the unsteered part of a text is run once, its KV cache is
+shared, and every (layer, direction) is a branch that re-runs only the steered tokens, from its own layer up. Equal to running
+every text whole under `steer` for every setting; nothing is approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from caa_lens.directions import Operator, add
+from caa_lens.models import Branch, Model, Prefix, device_of, pad, run, run_branches, tokenizer_of
+from caa_lens.positions import Positions, row_mask
+from caa_lens.vector import SteeringVector
+
+BRANCH_TOKENS = 4096
+"""Tokens of all branches that are in the model together, at first; halved when memory does not suffice."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One tokenised text and the tokens whose log-probabilities are wanted.
+
+    Attributes:
+        ids: the whole text.
+        instruction_end: index of the last token of its prompt.
+        targets: (index of the position predicted, token ids asked for at it), positions ascending, at least 1.
+    """
+
+    ids: tuple[int, ...]
+    instruction_end: int
+    targets: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+def grid_logprobs(
+    model: Model,
+    texts: Sequence[Text],
+    vectors: Sequence[SteeringVector | None],
+    *,
+    positions: Positions = "after_instruction",
+    operator: Operator = add,
+    strength: float = 1.0,
+    batch_size: int = 16,
+) -> Iterator[tuple[int, Float[Tensor, "setting target"]]]:
+    """Yields (index of the text, log-probabilities), texts of like length together, each when it is done.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`.
+        texts: what to score; all their target tokens are flattened into one axis, in order.
+        vectors: one setting each, already scaled; None is the unsteered model.
+        positions, operator, strength: as in `steer`.
+        batch_size: texts run together; memory is bounded by it and by `BRANCH_TOKENS`, results do not depend on it.
+    """
+    runner = _Runner(model, vectors, positions, operator, strength)
+    steer_from = [runner.first_steered(text) for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: (texts[i].targets[-1][0] - steer_from[i], len(texts[i].ids)))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        found = runner.run([texts[i] for i in chosen], [steer_from[i] for i in chosen])
+        yield from zip(chosen, found, strict=True)
+
+
+class _Runner:
+    def __init__(
+        self,
+        model: Model,
+        vectors: Sequence[SteeringVector | None],
+        positions: Positions,
+        operator: Operator,
+        strength: float,
+    ) -> None:
+        self.model, self.vectors, self.device = model, vectors, device_of(model)
+        self.positions, self.operator, self.strength = positions, operator, strength
+        self.pad_id = tokenizer_of(model).pad_token_id or 0
+        self.branch_tokens = BRANCH_TOKENS
+        self._prefix_key: tuple[tuple[int, ...], ...] | None = None
+
+    def steered(self, text: Text) -> Tensor:
+        end = text.instruction_end
+        return row_mask(self.positions, torch.tensor(text.ids), prompt_length=end + 1, instruction_end=end)
+
+    def first_steered(self, text: Text) -> int:
+        """Where the branches of a text begin: its first steered token, or earlier if an earlier prediction is wanted."""
+        on = self.steered(text).nonzero()
+        first_read = text.targets[0][0] - 1
+        return min(int(on[0]) if len(on) else first_read, first_read)
+
+    @torch.no_grad()
+    def run(self, texts: Sequence[Text], starts: Sequence[int]) -> list[Tensor]:
+        past = self._prefix([text.ids[:start] for text, start in zip(texts, starts, strict=True)])
+        # The last target's own token is predicted, not run.
+        rows = [text.ids[start : text.targets[-1][0]] for text, start in zip(texts, starts, strict=True)]
+        tokens, mask = pad(rows, side="right", pad_id=self.pad_id, device=self.device)
+        on = torch.zeros(mask.shape, dtype=torch.bool)
+        for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
+            on[row, : len(rows[row])] = self.steered(text)[start : start + len(rows[row])]
+        readout = _readout(texts, starts, self.device)
+        branches = [self._branch(vector, on.to(self.device)) for vector in self.vectors]
+        found = self._in_chunks(tokens, mask, past, branches, readout)  # one [text, target] tensor a branch
+        counts = [sum(len(ids) for _, ids in text.targets) for text in texts]
+        whole = torch.stack(found)
+        return [whole[:, row, :count] for row, count in enumerate(counts)]
+
+    def _prefix(self, prefixes: Sequence[tuple[int, ...]]) -> Prefix | None:
+        if not any(prefixes):
+            return None
+        # Both sides of a pair, and all pairs of a prompt, share their prefix: run each distinct one once.
+        distinct = sorted(set(prefixes))
+        tokens, mask = pad(distinct, side="right", pad_id=self.pad_id, device=self.device)
+        _, past = run(self.model, tokens, mask, grow=True)
+        assert past is not None
+        index = [distinct.index(prefix) for prefix in prefixes]
+        return past if index == list(range(len(distinct))) else past.rows(torch.tensor(index, device=self.device))
+
+    def _branch(self, vector: SteeringVector | None, on: Tensor) -> Branch:
+        if vector is None or not bool(vector.tensor.any()):
+            return Branch(None, lambda x: x)
+
+        def change(activations: Tensor) -> Tensor:
+            steered = self.operator(activations, vector.tensor.to(activations.device), self.strength)
+            return torch.where(on.to(activations.device).unsqueeze(-1), steered, activations)
+
+        return Branch(vector.layer, change)
+
+    def _in_chunks(
+        self,
+        tokens: Tensor,
+        mask: Tensor,
+        past: Prefix | None,
+        branches: Sequence[Branch],
+        readout: Callable[[Tensor], Tensor],
+    ) -> list[Tensor]:
+        found: list[Tensor] = []
+        while len(found) < len(branches):
+            size = max(1, self.branch_tokens // tokens.numel())
+            chunk = branches[len(found) : len(found) + size]
+            try:
+                found += run_branches(self.model, tokens, mask, chunk, readout, past=past)
+            except (torch.OutOfMemoryError, MemoryError):
+                if len(chunk) == 1:
+                    raise
+                self.branch_tokens = len(chunk) // 2 * tokens.numel()
+        return found
+
+
+def _readout(texts: Sequence[Text], starts: Sequence[int], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """From logits [text, pos, d_vocab] to the log-probabilities of the targets, [text, target], padded with zeros."""
+    where = [
+        [(position - 1 - start, token) for position, ids in text.targets for token in ids]
+        for text, start in zip(texts, starts, strict=True)
+    ]
+    width = max(len(row) for row in where)
+    flat = torch.tensor([row + [(0, 0)] * (width - len(row)) for row in where], device=device)
+    columns, ids = flat[..., 0], flat[..., 1]
+    row = torch.arange(len(texts), device=device).unsqueeze(1)
+
+    def read(logits: Tensor) -> Tensor:
+        logits = logits.float()
+        total = logits.logsumexp(-1)
+        return (logits[row, columns, ids] - total[row, columns]).cpu()
+
+    return read

@@ -1,0 +1,55 @@
+"""Uncertainty of means over items: seeded percentile bootstrap, by strata where a score is balanced over them.
+
+An interval speaks of other items of the same kind, not of other models, prompts or training pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+N_RESAMPLES = 2000
+
+
+class Estimate(NamedTuple):
+    """A mean with its bootstrap interval and the number of items."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap_mean(
+    values: Float[np.ndarray, " item"],
+    strata: Sequence[Any] | None = None,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Mean over items, or the mean over strata of the means within them, with a percentile interval.
+
+    Args:
+        values: one number an item.
+        strata: each item's stratum (its answer key); resampled within, and weighted equally.
+        level: of the interval.
+        seed: of the resampling; items in the same order give the same interval.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.asarray(["all"] * len(values) if strata is None else list(strata), dtype=object)
+    groups = [values[labels == label] for label in dict.fromkeys(labels.tolist())]
+    means = np.mean([group[rng.integers(0, len(group), (N_RESAMPLES, len(group)))].mean(1) for group in groups], axis=0)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Estimate(float(np.mean([group.mean() for group in groups])), float(low), float(high), len(values))
+
+
+def slopes(
+    multipliers: Float[np.ndarray, " multiplier"], values: Float[np.ndarray, "multiplier item"]
+) -> Float[np.ndarray, " item"]:
+    """Least-squares slope of each item's value against the multiplier; a negative one is anti-steerable."""
+    centred = multipliers - multipliers.mean()
+    return (centred[:, None] * values).sum(0) / (centred**2).sum()

@@ -1,0 +1,408 @@
+"""Contrastive vectors from a model: every layer in one pass, the shared prefix once, memory independent of the pairs.
+
+    v_l = mean over pairs of (resid_post_l[positive] - resid_post_l[negative]) at the position read
+
+The two completions of a pair share their prompt, and all prompts share the template's beginning. What is shared is run once
+and continued from its KV cache, which is exact; only the tokens that differ are run per pair and per side. Sums are kept in fp64.
+
+Source: Rimsky et al., arXiv:2312.06681, section 3. `read="answer"` is their reading (the answer letter's token).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from caa_lens.directions import Moments, control_weights
+from caa_lens.errors import InputError
+from caa_lens.files import atomic_path, digest
+from caa_lens.hooks import template_for
+from caa_lens.models import (
+    Model,
+    ModelInfo,
+    Prefix,
+    capture_hooks,
+    check_layers,
+    describe,
+    device_of,
+    hooks,
+    pad,
+    run,
+    tokenizer_of,
+)
+from caa_lens.pairs import PairSet
+from caa_lens.positions import is_steered, known_prompts
+from caa_lens.prompts import EncodedPair, Prompt, Template
+from caa_lens.vector import Provenance, SteeringVector, VectorSet
+
+Read = Literal["answer", "completion_mean", "last"] | int
+
+
+@dataclass(frozen=True)
+class PairActivations:
+    """Residual streams of a batch of pairs at the position read, fp32 on the CPU.
+
+    Attributes:
+        index: which pairs of the set these are.
+        positive, negative: `[pair, layer, d_model]`, layers in the order asked for.
+    """
+
+    index: tuple[int, ...]
+    positive: Float[Tensor, "pair layer d_model"]
+    negative: Float[Tensor, "pair layer d_model"]
+
+
+def extract(
+    model: Model,
+    pairs: PairSet,
+    *,
+    layers: Sequence[int] | None = None,
+    read: Read | None = None,
+    template: Template | None = None,
+    batch_size: int = 16,
+    share_prefix: bool = True,
+    store: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> VectorSet:
+    """Mean differences of the residual stream between the two sides of contrast pairs, at every layer.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge`, with raw or processed weights.
+        pairs: the training pairs.
+        layers: which layers (0-based; negative from the end); all by default.
+        read: where the activation is read: `"answer"`, the first token at which a pair's completions differ (the paper's
+            reading); `"completion_mean"`, the mean over the completion's tokens; `"last"`, the completion's last token; or an
+            integer index into the tokens of the whole text, usually negative. By default `"answer"` for completions of up
+            to four characters, such as `(A)`, else `"completion_mean"`.
+        template: how prompts are written; the model's default otherwise.
+        batch_size: pairs run together; it changes the speed only.
+        share_prefix: run what pairs have in common once. False runs every text whole, which is slower and equal.
+        store: a folder for the activations themselves, as safetensors shards (`load_activations` reads them). If it
+            holds shards of an interrupted run of the same extraction, they are not computed again.
+        progress: show a progress bar.
+
+    Returns:
+        A `VectorSet` with the vectors, the mean residual norms and their history; its `.controls` are made of the same
+        activations: three vectors of shuffled labels, and for multiple-choice pairs the letter's own and the balanced one.
+
+    Raises:
+        InputError: no pairs, a pair longer than the context, completions that tokenise alike, a position outside the
+            text, or a store of another extraction; before the model is run.
+        MissingError: a layer out of range.
+    """
+    plan = plan_extraction(model, pairs, layers=layers, read=read, template=template, batch_size=batch_size)
+    weights = control_weights([pair.key for pair in pairs])
+    table = torch.stack(list(weights.values()))
+    moments = Moments.zeros(len(plan.layers), plan.info.d_model, len(table))
+    for batch in iterate_activations(model, plan, share_prefix=share_prefix, store=store, progress=progress):
+        moments.update(batch.positive, batch.negative, table[:, list(batch.index)])
+    return _to_vectors(moments, plan, tuple(weights))
+
+
+@dataclass(frozen=True)
+class ExtractionPlan:
+    """Checked inputs of an extraction: encoded pairs, positions to read, batches of like length."""
+
+    pairs: PairSet
+    encoded: tuple[EncodedPair, ...]
+    layers: tuple[int, ...]
+    read: Read
+    template: Template
+    info: ModelInfo
+    batches: tuple[tuple[int, ...], ...]
+
+    @property
+    def signature(self) -> str:
+        """Digest of everything that the activations depend on, and of how they are cut into batches."""
+        name = self.info.name.rsplit("/", 1)[-1].lower()
+        pairs = [[pair.prompt, pair.positive, pair.negative] for pair in self.pairs]
+        return digest([name, self.info.basis, pairs, self.layers, self.read, self.template.hash, self.batches])
+
+
+def plan_extraction(
+    model: Model,
+    pairs: PairSet,
+    *,
+    layers: Sequence[int] | None = None,
+    read: Read | None = None,
+    template: Template | None = None,
+    batch_size: int = 16,
+) -> ExtractionPlan:
+    """Tokenises and checks everything before the model is run; arguments and errors as in `extract`."""
+    if not isinstance(pairs, PairSet):
+        raise InputError(
+            f"extract takes a PairSet, got {type(pairs).__name__}; load_pairs(...) makes one from a list or a file."
+        )
+    if len(pairs) == 0:
+        raise InputError(f"{pairs.name!r} holds no pairs; a vector needs at least one.")
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} must be at least 1.")
+    info, tokenizer, chosen = describe(model), tokenizer_of(model), template_for(model, template)
+    kept = check_layers(model, list(range(info.n_layers) if layers is None else layers))
+    short = all(len(text) <= 4 for pair in pairs for text in (pair.positive.strip(), pair.negative.strip()))
+    read = ("answer" if short else "completion_mean") if read is None else read
+    if not (read in ("answer", "completion_mean", "last") or (isinstance(read, int) and not isinstance(read, bool))):
+        raise InputError(f"read={read!r}: allowed are 'answer', 'completion_mean', 'last', or an integer position.")
+    encoded = tuple(chosen.encode_pair(tokenizer, pair) for pair in pairs)
+    for pair, both in zip(pairs, encoded, strict=True):
+        for side in (both.positive, both.negative):
+            if len(side.ids) > info.n_ctx:
+                raise InputError(
+                    f"{pair.origin or pair.prompt[:60]!r}: {len(side.ids)} tokens exceed the context of {info.n_ctx} tokens "
+                    f"of {info.name}; shorten or remove the pair."
+                )
+            if isinstance(read, int) and not -len(side.ids) <= read < len(side.ids):
+                raise InputError(
+                    f"{pair.origin or pair.prompt[:60]!r}: read={read} lies outside its {len(side.ids)} tokens."
+                )
+    # Pairs of like length share a batch: less padding, and the same sums in whatever order the pairs came.
+    order = sorted(range(len(pairs)), key=lambda i: (len(encoded[i].positive.ids), encoded[i].positive.ids))
+    batches = tuple(tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size))
+    return ExtractionPlan(pairs, encoded, tuple(kept), read, chosen, info, batches)
+
+
+@torch.no_grad()
+def iterate_activations(
+    model: Model,
+    plan: ExtractionPlan,
+    *,
+    share_prefix: bool = True,
+    store: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Iterator[PairActivations]:
+    """Yields the activations of a plan batch by batch; what a store already holds is read, the rest is run and stored."""
+    folder = _open_store(Path(store), plan) if store is not None else None
+    # Cached pieces of a text are not what a surrounding steer() has to see to find its positions.
+    reader = _Reader(model, plan, share_prefix and not is_steered(model))
+    with (
+        hooks(model, capture_hooks(plan.layers, reader.capture)),
+        tqdm(total=len(plan.pairs), desc=f"extract {plan.pairs.name}", unit="pair", disable=not progress) as bar,
+    ):
+        for number, index in enumerate(plan.batches):
+            shard = folder / f"shard-{number:05d}.safetensors" if folder else None
+            if shard is not None and shard.exists():
+                batch = _read_shard(shard)
+            else:
+                batch = reader.read(index)
+                if shard is not None:
+                    _write_shard(shard, batch)
+            yield batch
+            bar.update(len(index))
+
+
+class _Reader:
+    """Runs batches of pairs and collects `resid_post` at the positions read."""
+
+    def __init__(self, model: Model, plan: ExtractionPlan, share_prefix: bool) -> None:
+        self.model, self.plan, self.device = model, plan, device_of(model)
+        self.pad_id = tokenizer_of(model).pad_token_id or 0
+        self.stop = plan.layers[-1] + 1
+        sides = [side.ids for pair in plan.encoded for side in (pair.positive, pair.negative)]
+        reads = [
+            _positions_read(plan.read, pair, side) for pair in plan.encoded for side in (pair.positive, pair.negative)
+        ]
+        first_read = min(span.start for span in reads)
+        self.head_length = _common_length(sides, limit=first_read) if share_prefix else 0
+        self.share_prefix = share_prefix
+        self.head: Prefix | None = None
+        self.weights: Tensor | None = None  # [row, pos]: what each column counts for in the row's reading
+        self.found: dict[int, Tensor] = {}
+
+    def capture(self, layer: int, activations: Tensor) -> None:
+        if self.weights is not None:
+            weights = self.weights.to(activations.device)
+            self.found[layer] = torch.einsum("rp,rpd->rd", weights, activations.float()).cpu()
+
+    def read(self, index: Sequence[int]) -> PairActivations:
+        pairs = [self.plan.encoded[i] for i in index]
+        sides = [side for pair in pairs for side in (pair.positive, pair.negative)]
+        spans = [
+            _positions_read(self.plan.read, pair, side) for pair in pairs for side in (pair.positive, pair.negative)
+        ]
+        with known_prompts([side.instruction_end for side in sides]):
+            if not self.share_prefix:
+                past, starts = None, [0] * len(sides)
+            else:
+                past, starts = self._prefix(pairs, spans)
+            rows = [side.ids[start : span.stop] for side, start, span in zip(sides, starts, spans, strict=True)]
+            tokens, mask = pad(rows, side="right", pad_id=self.pad_id, device=self.device)
+            self.weights = torch.zeros(mask.shape)
+            for row, (span, start) in enumerate(zip(spans, starts, strict=True)):
+                self.weights[row, span.start - start : span.stop - start] = 1 / len(span)
+            run(self.model, tokens, mask, past=past, stop_at_layer=self.stop)
+        self.weights = None
+        read = torch.stack([self.found.pop(layer) for layer in self.plan.layers], 1)
+        return PairActivations(tuple(index), read[0::2], read[1::2])
+
+    def _prefix(self, pairs: Sequence[EncodedPair], spans: Sequence[range]) -> tuple[Prefix | None, list[int]]:
+        """The KV cache of each pair's shared tokens, two rows a pair, and how many tokens of each row it holds."""
+        shared = [min(pair.answer, spans[2 * i].start, spans[2 * i + 1].start) for i, pair in enumerate(pairs)]
+        starts = [length for length in shared for _ in range(2)]
+        if self.head is None and self.head_length:
+            # Of the whole set, so that the same head serves every batch.
+            ids = self.plan.encoded[0].positive.ids[: self.head_length]
+            tokens, mask = pad([ids], side="right", pad_id=self.pad_id, device=self.device)
+            _, self.head = run(self.model, tokens, mask, grow=True)
+        past = self.head
+        twice = torch.arange(len(pairs), device=self.device).repeat_interleave(2)
+        rows = [pair.positive.ids[self.head_length : length] for pair, length in zip(pairs, shared, strict=True)]
+        if any(rows):
+            if past is not None:
+                past = past.rows(torch.zeros(len(pairs), dtype=torch.long, device=self.device))
+            tokens, mask = pad(rows, side="right", pad_id=self.pad_id, device=self.device)
+            _, past = run(self.model, tokens, mask, past=past, grow=True)
+            assert past is not None
+            return past.rows(twice), starts
+        return (past.rows(torch.zeros_like(twice)) if past is not None else None), starts
+
+
+def _positions_read(read: Read, pair: EncodedPair, side: Prompt) -> range:
+    """The token indices whose mean is read, of one side."""
+    if read == "completion_mean":
+        return range(side.completion_start, len(side.ids))
+    position = {"answer": pair.answer, "last": len(side.ids) - 1}.get(read, read)  # type: ignore[call-overload]
+    assert isinstance(position, int)
+    position %= len(side.ids)
+    return range(position, position + 1)
+
+
+def _common_length(rows: Sequence[Sequence[int]], *, limit: int) -> int:
+    """How many leading ids all rows share, at most `limit`."""
+    first, last = min(rows), max(rows)  # the rows that differ earliest
+    same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return min(limit, next(same, min(len(first), len(last))))
+
+
+def _to_vectors(moments: Moments, plan: ExtractionPlan, control_names: Sequence[str]) -> VectorSet:
+    provenance = Provenance(
+        model=plan.info.name,
+        revision=plan.info.revision,
+        n_layers=plan.info.n_layers,
+        d_model=plan.info.d_model,
+        basis=plan.info.basis,
+        expression=plan.pairs.name,
+        n_pairs=len(plan.pairs),
+        pairs_hash=plan.pairs.hash,
+        prompt_digests=plan.pairs.prompt_digests,
+        template=repr(plan.template),
+        template_hash=plan.template.hash,
+        read=str(plan.read),
+        versions={name: version(name) for name in ("caa-lens", "transformer-lens", "transformers", "torch")},
+    )
+    norms = moments.mean_residual_norm.tolist()
+
+    def vectors(directions: Tensor, expression: str, raw: bool) -> VectorSet:
+        made = Provenance(**{**vars(provenance), "expression": expression})
+        return VectorSet(
+            [
+                SteeringVector(
+                    direction.clone(),
+                    layer,
+                    made,
+                    residual_norm=norm,
+                    raw_norm=float(direction.norm()) if raw else None,
+                )
+                for direction, layer, norm in zip(directions, plan.layers, norms, strict=True)
+            ]
+        )
+
+    controls = {
+        name: vectors(row, f"{plan.pairs.name}, {name}", raw=False)
+        for name, row in zip(control_names, moments.mean_controls, strict=True)
+    }
+    result = vectors(moments.mean_difference, plan.pairs.name, raw=True)
+    return VectorSet(list(result.values()), controls)
+
+
+# Stored activations ---------------------------------------------------------------------------------------------------
+
+
+def _open_store(folder: Path, plan: ExtractionPlan) -> Path:
+    about = folder / "about.json"
+    stored: Mapping[str, Any] = {}
+    if about.exists():
+        stored = json.loads(about.read_text(encoding="utf-8"))
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no stored activations; give a new folder.")
+    if stored and stored.get("signature") != plan.signature:
+        raise InputError(
+            f"{folder} holds activations of another extraction ({stored.get('behaviour')!r}, {stored.get('model')}); give "
+            "another folder, or delete this one."
+        )
+    entry = {
+        "signature": plan.signature,
+        "behaviour": plan.pairs.name,
+        "model": plan.info.name,
+        "layers": plan.layers,
+        "read": plan.read,
+        "n_pairs": len(plan.pairs),
+        "n_shards": len(plan.batches),
+    }
+    with atomic_path(about) as temporary:
+        temporary.write_text(json.dumps(entry, indent=1), encoding="utf-8")
+    return folder
+
+
+def _write_shard(path: Path, batch: PairActivations) -> None:
+    tensors = {
+        "index": torch.tensor(batch.index),
+        "positive": batch.positive.contiguous(),
+        "negative": batch.negative.contiguous(),
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def _read_shard(path: Path) -> PairActivations:
+    try:
+        with safe_open(path, framework="pt") as file:
+            index = tuple(file.get_tensor("index").tolist())
+            return PairActivations(index, file.get_tensor("positive"), file.get_tensor("negative"))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({error}); delete this shard and extract again.") from error
+
+
+def load_activations(
+    store: str | os.PathLike[str], layer: int
+) -> tuple[Float[Tensor, "pair d_model"], Float[Tensor, "pair d_model"]]:
+    """Positive and negative activations of one layer, in the order of the pairs, from a store written by `extract`.
+
+    Only this layer is read from the files.
+
+    Raises:
+        InputError: there is no store, it is incomplete, or it has no such layer.
+    """
+    folder = Path(store)
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{folder} holds no stored activations ({error}); make them with extract(..., store=...)."
+        ) from error
+    if layer not in about["layers"]:
+        raise InputError(f"{folder} has the layers {about['layers']}, not {layer}.")
+    row = about["layers"].index(layer)
+    shards = sorted(folder.glob("shard-*.safetensors"))
+    if len(shards) != about["n_shards"]:
+        raise InputError(
+            f"{folder} holds {len(shards)} of {about['n_shards']} shards; run extract(..., store=...) again to finish it."
+        )
+    sides: dict[str, dict[int, Tensor]] = {"positive": {}, "negative": {}}
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            for side, found in sides.items():
+                found |= zip(file.get_tensor("index").tolist(), file.get_slice(side)[:, row], strict=True)
+    positive, negative = (torch.stack([found[i] for i in range(about["n_pairs"])]) for found in sides.values())
+    return positive, negative

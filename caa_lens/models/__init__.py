@@ -1,0 +1,257 @@
+"""The host: TransformerLens models of either class, run in one way on token ids with an explicit attention mask.
+
+This package is the only place that names TransformerLens' classes or asks which one a model is: `hooked` runs a
+`HookedTransformer` (TransformerLens 2 and 3), `bridge` a `TransformerBridge` (3 and 4), `loading` builds either. With an
+explicit mask, padding on either side, gaps and KV caches give the same numbers in both.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from caa_lens.errors import CaaLensWarning, InputError, MissingError
+from caa_lens.models import bridge, hooked
+from caa_lens.models.base import Basis, Branch, Hook, Host, Inputs, Model, Prefix, resid_post
+from caa_lens.models.hooked import use_fast_layout
+from caa_lens.models.loading import identity, load_model
+
+__all__ = [
+    "Branch",
+    "Hook",
+    "Inputs",
+    "Model",
+    "ModelInfo",
+    "Prefix",
+    "capture_hooks",
+    "check_layers",
+    "describe",
+    "device_of",
+    "hooks",
+    "load_model",
+    "pad",
+    "resid_post",
+    "run",
+    "run_branches",
+    "tokenizer_of",
+    "use_fast_layout",
+    "watch_inputs",
+]
+
+
+def host(model: Model) -> Host:
+    """The module that runs this model's class.
+
+    Raises:
+        InputError: it is neither class; a plain Hugging Face model has no hook points.
+    """
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if not names & {"HookedTransformer", "TransformerBridge"}:
+        raise InputError(
+            f"{type(model).__name__} is not a TransformerLens model; use caa_lens.load_model(), HookedTransformer or "
+            "TransformerBridge.boot_transformers()."
+        )
+    return cast(Host, hooked if "HookedTransformer" in names else bridge)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the method needs to know of a model.
+
+    `basis` is `"centred"` where each position's mean was removed from the residual stream (TransformerLens' centring of LayerNorm
+    models), `"folded"` where only norm weights were folded, which leaves the residual stream unchanged, else `"raw"`.
+    """
+
+    name: str
+    revision: str | None
+    n_layers: int
+    d_model: int
+    n_ctx: int
+    basis: Basis
+
+    def same_model(self, name: str) -> bool:
+        """Whether a vector made on `name` belongs here: the names agree, organisation and case aside."""
+        return self.name.rsplit("/", 1)[-1].lower() == name.rsplit("/", 1)[-1].lower()
+
+
+def describe(model: Model) -> ModelInfo:
+    """Name, shape and weight basis of a model."""
+    basis = host(model).basis(model)
+    name, revision = identity(model)
+    return ModelInfo(name, revision, model.cfg.n_layers, model.cfg.d_model, model.cfg.n_ctx, basis)
+
+
+def tokenizer_of(model: Model) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: the model has none.
+    """
+    if model.tokenizer is None:
+        raise InputError(
+            "the model has no tokenizer; set one with model.set_tokenizer(...) or build it with tokenizer=."
+        )
+    return model.tokenizer
+
+
+def device_of(model: Model) -> torch.device:
+    """Device of the first parameter, where token ids go (a config's own entry can be wrong)."""
+    return cast(torch.device, next(model.parameters()).device)
+
+
+def check_layers(model: Model, layers: Sequence[int]) -> list[int]:
+    """Layers as 0-based indices, ascending and unique; negative ones count from the end.
+
+    Raises:
+        MissingError: a layer is out of range.
+        InputError: no layer.
+    """
+    n_layers = model.cfg.n_layers
+    out_of_range = [layer for layer in layers if not -n_layers <= layer < n_layers]
+    if out_of_range:
+        raise MissingError(
+            f"layer {out_of_range[0]} is out of range: {describe(model).name} has layers 0 to {n_layers - 1} "
+            f"(or {-n_layers} to -1, counted from the end)."
+        )
+    if not layers:
+        raise InputError("no layer given; leave layers= out for all of them.")
+    return sorted({layer % n_layers for layer in layers})
+
+
+def run(
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    *,
+    past: Prefix | None = None,
+    grow: bool = False,
+    logits: int = 0,
+    stop_at_layer: int | None = None,
+) -> tuple[Float[Tensor, "batch kept d_vocab"] | None, Prefix | None]:
+    """One forward pass over new tokens, behind an optional prefix; the model's hooks act as in any forward pass.
+
+    Args:
+        tokens: new token ids, padded on either side.
+        mask: 1 for real tokens, 0 for padding, of the new tokens only.
+        past: the prefix they continue.
+        grow: return the prefix extended by these tokens (`past` itself is consumed then).
+        logits: number of last positions whose logits are computed; 0 computes no more of the unembedding than it must.
+        stop_at_layer: run only the blocks below this one (no logits).
+
+    Returns:
+        (logits or None, extended prefix or None).
+    """
+    return host(model).run(model, tokens, mask, past, grow, logits, stop_at_layer)
+
+
+def run_branches(
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    branches: Sequence[Branch],
+    readout: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
+    *,
+    past: Prefix | None = None,
+) -> list[Tensor]:
+    """Many variants of one forward pass at once, each changing `resid_post` of its own layer; equal to running each alone.
+
+    Args:
+        tokens, mask, past: as in `run`; `past` holds what no branch changes, and is left as it is.
+        branches: the variants.
+        readout: what to keep of one branch's logits `[batch, pos, d_vocab]`.
+
+    Returns:
+        One readout a branch, in their order.
+    """
+    return host(model).run_branches(model, tokens, mask, past, branches, readout)
+
+
+@contextmanager
+def hooks(model: Model, added: Sequence[Hook]) -> Iterator[Callable[[], None]]:
+    """Adds forward hooks for the block's duration; yields a function that puts them back if `reset_hooks()` removed them.
+
+    Raises:
+        MissingError: the model has no hook point of that name (TransformerLens' own context ignores it on some versions).
+    """
+    for name, _ in added:
+        if name not in model.hook_dict:
+            raise MissingError(f"{describe(model).name} has no hook point {name!r}; model.hook_dict lists them.")
+    points = [model.hook_dict[name] for name, _ in added]
+
+    with ExitStack() as stack:
+
+        def install() -> list[list[Any]]:
+            before = [list(point.fwd_hooks) for point in points]
+            stack.enter_context(model.hooks(fwd_hooks=list(added)))
+            return [
+                [handle for handle in point.fwd_hooks if all(handle is not other for other in old)]
+                for point, old in zip(points, before, strict=True)
+            ]
+
+        installed = install()
+
+        def restore() -> None:
+            nonlocal installed
+            present = all(
+                any(handle is other for other in point.fwd_hooks)
+                for point, handles in zip(points, installed, strict=True)
+                for handle in handles
+            )
+            if present:
+                return
+            warnings.warn(
+                "model.reset_hooks() removed the steering hooks inside steer(); they were added again, behind hooks "
+                "that were added since. Leave the context to stop steering.",
+                CaaLensWarning,
+                stacklevel=2,
+            )
+            installed = install()
+
+        yield restore
+
+
+@contextmanager
+def watch_inputs(model: Model, watcher: Callable[[Inputs], None]) -> Iterator[None]:
+    """Calls `watcher` at the start of every forward pass, however it is made (`model(...)`, `run_with_cache`, `generate`).
+
+    These are PyTorch hooks, not TransformerLens ones: `reset_hooks()` leaves them, the end of the block removes them.
+    """
+    handles = host(model).watch(model, watcher)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def capture_hooks(layers: Sequence[int], sink: Callable[[int, Float[Tensor, "batch pos d_model"]], None]) -> list[Hook]:
+    """Hooks that hand `resid_post` of each layer to `sink(layer, activations)` and change nothing."""
+
+    def at(layer: int) -> Hook:
+        def capture_hook(activations: Tensor, hook: Any) -> None:
+            sink(layer, activations)
+
+        return resid_post(layer), capture_hook
+
+    return [at(layer) for layer in layers]
+
+
+def pad(
+    rows: Sequence[Sequence[int]], *, side: Literal["left", "right"], pad_id: int, device: torch.device
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    """Token ids and 0/1 mask of rows of different length."""
+    width = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        span = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        tokens[index, span] = torch.tensor(row, dtype=torch.long)
+        mask[index, span] = 1
+    return tokens.to(device), mask.to(device)

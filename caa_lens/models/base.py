@@ -1,0 +1,106 @@
+"""What the two TransformerLens model classes have in common here: names, records, and the shape of a host."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Model = Any
+"""A `HookedTransformer` or a `TransformerBridge`."""
+
+Hook = tuple[str, Callable[..., Any]]
+Basis = Literal["raw", "folded", "centred"]
+
+
+@dataclass
+class Prefix:
+    """A KV cache and the attention mask of the tokens it holds. `run` never changes one unless asked to grow it."""
+
+    cache: Any
+    mask: Int[Tensor, "batch past"]
+
+    def rows(self, index: Int[Tensor, " rows"]) -> Prefix:
+        """A new prefix whose row i is this one's row `index[i]`; rows may repeat."""
+        mask = self.mask.index_select(0, index)
+        if hasattr(self.cache, "batch_select_indices"):
+            cache = copy.deepcopy(self.cache)
+            cache.batch_select_indices(index)
+            return Prefix(cache, mask)
+        entry = type(self.cache.entries[0])
+        entries = [
+            entry(
+                past_keys=old.past_keys.index_select(0, index.to(old.past_keys.device)),
+                past_values=old.past_values.index_select(0, index.to(old.past_values.device)),
+            )
+            for old in self.cache.entries
+        ]
+        return Prefix(type(self.cache)(entries=entries, previous_attention_mask=mask), mask)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One variant of a forward pass: what happens to `resid_post` of one layer. `layer=None` is the unsteered pass."""
+
+    layer: int | None
+    change: Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one forward pass was given: `tokens` is None where the model got embeddings; `mask` covers past and new."""
+
+    tokens: Int[Tensor, "batch pos"] | None
+    mask: Int[Tensor, "batch all"] | None
+    past: int
+    shape: tuple[int, int]
+
+
+class Host(Protocol):
+    """How one of the classes is run; `hooked` and `bridge` are the two modules that do it."""
+
+    def run(
+        self,
+        model: Model,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Int[Tensor, "batch pos"],
+        past: Prefix | None,
+        grow: bool,
+        logits: int,
+        stop_at_layer: int | None,
+    ) -> tuple[Float[Tensor, "batch kept d_vocab"] | None, Prefix | None]: ...
+
+    def run_branches(
+        self,
+        model: Model,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Int[Tensor, "batch pos"],
+        past: Prefix | None,
+        branches: Sequence[Branch],
+        readout: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
+    ) -> list[Tensor]: ...
+
+    def basis(self, model: Model) -> Basis: ...
+
+    def watch(self, model: Model, watcher: Callable[[Inputs], None]) -> list[Any]: ...
+
+
+def is_centred(embedding: Float[Tensor, "d_vocab d_model"]) -> bool:
+    """Whether every row's mean was removed, as TransformerLens does for LayerNorm models."""
+    rows = embedding.detach().float()
+    return float(rows.mean(-1).abs().max()) < 1e-3 * float(rows.std())
+
+
+def resid_post(layer: int) -> str:
+    """TransformerLens' name of the output of block `layer`."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def whole_mask(mask: Int[Tensor, "batch pos"], past: Prefix | None) -> Int[Tensor, "batch all"]:
+    """The mask over the prefix and the new tokens."""
+    return torch.cat([past.mask, mask], 1) if past else mask

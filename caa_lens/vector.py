@@ -1,0 +1,435 @@
+"""Steering vectors as values: a direction with its layer and its history, and the set of them over layers.
+
+    v[l] = mean_difference at the output of block l, 0-based = `blocks.<l>.hook_resid_post`
+
+Strength is arithmetic: `1.5 * v`, `-v`, `v + w`. Vectors are immutable, kept in fp32 on the CPU, and cast to the
+model's dtype and device where they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from caa_lens.directions import random_like, rescale_to_mean_norm
+from caa_lens.errors import InputError, MissingError
+from caa_lens.files import atomic_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = "caa_lens.vectors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a vector was made; everything needed to make it again or to see that it does not fit.
+
+    Attributes:
+        model, revision: the model's name and, for a hub model, its commit.
+        n_layers, d_model: its shape.
+        basis: the weights' basis: `"raw"`, `"folded"` (norm weights folded: the residual stream is unchanged) or
+            `"centred"` (each position's mean removed).
+        expression: the behaviour, and the algebra done since (`"1.5 * formality"`).
+        n_pairs, pairs_hash, prompt_digests: the training pairs.
+        template, template_hash, read: how they were written and at which token they were read.
+        normalized_across: names of the behaviours whose norms were averaged, if any.
+        versions: of the libraries at extraction.
+    """
+
+    model: str
+    n_layers: int
+    d_model: int
+    basis: str = "raw"
+    revision: str | None = None
+    expression: str = "vector"
+    n_pairs: int = 0
+    pairs_hash: str | None = None
+    prompt_digests: tuple[str, ...] = field(default=(), repr=False)
+    template: str | None = None
+    template_hash: str | None = None
+    read: str | None = None
+    normalized_across: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def combined(self, other: Provenance, symbol: str) -> Provenance:
+        """Provenance of a sum or a difference; refuses vectors that live in different residual streams."""
+        for key, remedy in (
+            ("d_model", "only vectors of equal width can be added"),
+            ("model", "retarget() one of them if this is on purpose"),
+            ("basis", "to_basis('centred') makes a raw vector fit a centred one"),
+        ):
+            mine, theirs = getattr(self, key), getattr(other, key)
+            if mine != theirs and {mine, theirs} != {"raw", "folded"}:
+                raise InputError(f"vectors of {key} {mine!r} and {theirs!r} cannot be combined; {remedy}.")
+        same = {f.name: getattr(self, f.name) for f in fields(self)}
+        for key in ("pairs_hash", "template", "template_hash", "read", "normalized_across"):
+            if getattr(self, key) != getattr(other, key):
+                same[key] = () if key == "normalized_across" else None
+        same["n_pairs"] = self.n_pairs + other.n_pairs
+        same["prompt_digests"] = tuple(sorted({*self.prompt_digests, *other.prompt_digests}))
+        same["expression"] = f"({self.expression} {symbol} {other.expression})"
+        return Provenance(**same)
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector:
+    """A direction in the residual stream at the output of one block.
+
+    Attributes:
+        tensor: the direction, fp32 on the CPU.
+        layer: 0-based block whose output it belongs to.
+        provenance: how it was made.
+        residual_norm: mean |resid_post| at the positions read; None where it is not known.
+        raw_norm: |v| as extracted, before any normalisation or scaling; None where it is not known.
+
+    Raises:
+        InputError: not one-dimensional, not finite, or not `d_model` wide.
+    """
+
+    tensor: Float[Tensor, " d_model"]
+    layer: int
+    provenance: Provenance
+    residual_norm: float | None = None
+    raw_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        tensor = torch.as_tensor(self.tensor).detach().to("cpu", torch.float32)
+        if tensor.ndim != 1 or tensor.shape[0] != self.provenance.d_model:
+            raise InputError(
+                f"a steering vector for {self.provenance.model} has shape [{self.provenance.d_model}]; got "
+                f"{list(tensor.shape)}. Take the vector of one layer, from this model."
+            )
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"the vector of layer {self.layer} holds NaN or infinite values; extract it again, in float32 or "
+                "bfloat16 if it was made in float16."
+            )
+        if not 0 <= self.layer < self.provenance.n_layers:
+            raise InputError(
+                f"layer {self.layer} is out of range: {self.provenance.model} has layers 0 to "
+                f"{self.provenance.n_layers - 1}."
+            )
+        object.__setattr__(self, "tensor", tensor)
+
+    @property
+    def hook_name(self) -> str:
+        """`blocks.<layer>.hook_resid_post`."""
+        return f"blocks.{self.layer}.hook_resid_post"
+
+    @property
+    def norm(self) -> float:
+        """|v|, in the units of the residual stream."""
+        return float(self.tensor.norm())
+
+    @property
+    def relative_norm(self) -> float | None:
+        """|v| / |residual|: usable steering is about 0.1 to 0.4; text degenerates from about 0.35 to 0.5."""
+        return self.norm / self.residual_norm if self.residual_norm else None
+
+    def __repr__(self) -> str:
+        ratio = "" if self.relative_norm is None else f", |v|/|residual| = {self.relative_norm:.2f}"
+        return f"SteeringVector({self.provenance.expression!r}, layer {self.layer}, norm {self.norm:.3g}{ratio})"
+
+    def _scaled(self, factor: float) -> SteeringVector:
+        return self._changed(self.tensor * factor, f"{factor:g} * {self.provenance.expression}")
+
+    def _changed(self, tensor: Tensor, expression: str) -> SteeringVector:
+        return replace(self, tensor=tensor, provenance=replace(self.provenance, expression=expression))
+
+    def _sum(self, other: SteeringVector, sign: int) -> SteeringVector:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        if other.layer != self.layer:
+            raise InputError(
+                f"vectors of layers {self.layer} and {other.layer} cannot be added; to steer at both layers pass a "
+                "list: steer(model, [v, w])."
+            )
+        provenance = self.provenance.combined(other.provenance, "+" if sign > 0 else "-")
+        return replace(self, tensor=self.tensor + sign * other.tensor, provenance=provenance, raw_norm=None)
+
+    def __mul__(self, factor: float) -> SteeringVector:
+        return self._scaled(float(factor))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: float) -> SteeringVector:
+        return self._scaled(1 / float(factor))
+
+    def __neg__(self) -> SteeringVector:
+        return self._scaled(-1.0)
+
+    def __add__(self, other: SteeringVector) -> SteeringVector:
+        return self._sum(other, 1)
+
+    def __sub__(self, other: SteeringVector) -> SteeringVector:
+        return self._sum(other, -1)
+
+    def with_norm(self, norm: float) -> SteeringVector:
+        """The same direction at length `norm`."""
+        if self.norm == 0:
+            raise InputError("a zero vector has no direction to rescale; extract it from pairs that differ.")
+        return self._scaled(norm / self.norm)
+
+    def random_control(self, *, seed: int = 0) -> SteeringVector:
+        """A random direction of the same norm at the same layer: what any push of this size does."""
+        return self._changed(random_like(self.tensor, seed=seed), f"random({seed}) like {self.provenance.expression}")
+
+    def at_layer(self, layer: int) -> SteeringVector:
+        """The same direction to be used at another layer (the paper's layer transfer)."""
+        return replace(self, layer=layer, residual_norm=None)
+
+    def retarget(self, model: str) -> SteeringVector:
+        """The same direction for another model of equal shape, on purpose (base to chat, base to fine-tuned)."""
+        return replace(self, provenance=replace(self.provenance, model=model), residual_norm=None)
+
+    def to_basis(self, basis: str) -> SteeringVector:
+        """Converts a raw vector of a LayerNorm model to centred weights, v - mean(v).
+
+        Raises:
+            InputError: for any other change; what centring removed cannot be restored.
+        """
+        if basis == self.provenance.basis:
+            return self
+        if basis != "centred":
+            raise InputError(
+                f"a vector in the {self.provenance.basis!r} basis cannot be converted to {basis!r}; extract it again "
+                "from a model with unprocessed weights."
+            )
+        return replace(self, tensor=self.tensor - self.tensor.mean(), provenance=replace(self.provenance, basis=basis))
+
+
+class VectorSet(Mapping[int, SteeringVector]):
+    """An immutable mapping from layer to `SteeringVector`, all of one origin; algebra acts on every layer.
+
+    Args:
+        vectors: the vectors, one a layer.
+        controls: vectors made from the same activations with shuffled labels, by name; carried along and saved.
+
+    Raises:
+        InputError: no vector, two of the same layer, or different models.
+        MissingError: (on access) a layer that is not in the set.
+    """
+
+    def __init__(self, vectors: Sequence[SteeringVector], controls: Mapping[str, VectorSet] | None = None) -> None:
+        if not vectors:
+            raise InputError("a VectorSet needs at least one vector.")
+        self._by_layer = {vector.layer: vector for vector in sorted(vectors, key=lambda vector: vector.layer)}
+        if len(self._by_layer) != len(vectors):
+            raise InputError("two vectors of the same layer in one VectorSet; add them, or pass a list to steer().")
+        for vector in vectors:
+            if (vector.provenance.model, vector.provenance.n_layers) != (self.provenance.model, self.n_layers):
+                raise InputError(
+                    f"vectors of {self.provenance.model} and {vector.provenance.model} in one VectorSet; keep one "
+                    "set a model."
+                )
+        self.controls: Mapping[str, VectorSet] = dict(controls or {})
+
+    @property
+    def provenance(self) -> Provenance:
+        """Of the first vector; the vectors of a set share it."""
+        return next(iter(self._by_layer.values())).provenance
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers of the model (not of the set)."""
+        return self.provenance.n_layers
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers in the set, ascending."""
+        return tuple(self._by_layer)
+
+    def __getitem__(self, layer: int) -> SteeringVector:
+        index = layer + self.n_layers if layer < 0 else layer
+        if index not in self._by_layer:
+            raise MissingError(f"no vector for layer {layer}; this set has the layers {_ranges(self.layers)}.")
+        return self._by_layer[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._by_layer)
+
+    def __len__(self) -> int:
+        return len(self._by_layer)
+
+    def __repr__(self) -> str:
+        return f"VectorSet({self.provenance.expression!r}, layers {_ranges(self.layers)}, {self.provenance.model})"
+
+    def map(self, change: Callable[[SteeringVector], SteeringVector]) -> VectorSet:
+        """A set of `change(vector)` for every layer, without the controls."""
+        return VectorSet([change(vector) for vector in self.values()])
+
+    def _with(self, other: VectorSet, sign: int) -> VectorSet:
+        if not isinstance(other, VectorSet):
+            return NotImplemented
+        if other.layers != self.layers:
+            raise InputError(
+                f"sets with layers {_ranges(self.layers)} and {_ranges(other.layers)} cannot be combined; extract "
+                "both with the same layers=."
+            )
+        return self.map(lambda v: v + other[v.layer] if sign > 0 else v - other[v.layer])
+
+    def __mul__(self, factor: float) -> VectorSet:
+        return self.map(lambda v: v * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: float) -> VectorSet:
+        return self.map(lambda v: v / factor)
+
+    def __neg__(self) -> VectorSet:
+        return self.map(lambda v: -v)
+
+    def __add__(self, other: VectorSet) -> VectorSet:
+        return self._with(other, 1)
+
+    def __sub__(self, other: VectorSet) -> VectorSet:
+        return self._with(other, -1)
+
+    def stack(self) -> Float[Tensor, "layer d_model"]:
+        """The vectors as one tensor, layers ascending."""
+        return torch.stack([vector.tensor for vector in self.values()])
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a layer: `layer`, `norm`, `residual_norm`, `relative_norm`."""
+        import pandas as pd
+
+        columns = ("layer", "norm", "residual_norm", "relative_norm")
+        return pd.DataFrame([{name: getattr(v, name) for name in columns} for v in self.values()])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the package's own format: one safetensors file, whole or not at all.
+
+        Tensors `layer.<l>` (fp32, `[d_model]`) and `control.<name>.layer.<l>`; the metadata holds the format version, the
+        site, the provenance and the norms as JSON.
+        """
+        tensors = {f"layer.{v.layer}": v.tensor.contiguous() for v in self.values()}
+        for name, control in self.controls.items():
+            tensors |= {f"control.{name}.layer.{v.layer}": v.tensor.contiguous() for v in control.values()}
+        metadata = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "site": "resid_post",
+            "provenance": asdict(self.provenance),
+            "residual_norms": {v.layer: v.residual_norm for v in self.values()},
+            "raw_norms": {v.layer: v.raw_norm for v in self.values()},
+        }
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"caa_lens": json.dumps(metadata)})
+
+
+def load_vectors(path: str | os.PathLike[str]) -> VectorSet:
+    """Reads a file written by `VectorSet.save`.
+
+    Raises:
+        InputError: the file cannot be read, is cut short, is of another kind or of a newer version; the message
+            names the file and what to do.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("caa_lens", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{path} cannot be read as a vector file ({error}); it may be missing or cut short. Save it again with "
+            "VectorSet.save()."
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"{path} is a safetensors file, but not one of steering vectors: its metadata has no 'caa_lens' entry of "
+            f"format {FORMAT!r}. Save vectors with VectorSet.save()."
+        )
+    if metadata.get("version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {metadata.get('version')!r}; this caa_lens reads version {FORMAT_VERSION}. "
+            "Install the caa_lens that wrote it, or extract the vectors again."
+        )
+    return _from_file(os.fspath(path), metadata, tensors)
+
+
+def _from_file(path: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> VectorSet:
+    try:
+        stored = dict(metadata["provenance"])
+        for key in ("prompt_digests", "normalized_across"):
+            stored[key] = tuple(stored[key])
+        provenance = Provenance(**stored)
+        by_group: dict[str, list[SteeringVector]] = {}
+        for name, tensor in tensors.items():
+            group, _, layer = name.rpartition("layer.")
+            own = not group
+            by_group.setdefault(group.removeprefix("control.").removesuffix("."), []).append(
+                SteeringVector(
+                    tensor,
+                    int(layer),
+                    provenance if own else replace(provenance, expression=f"{provenance.expression}, control"),
+                    residual_norm=metadata["residual_norms"][layer],
+                    raw_norm=metadata["raw_norms"][layer] if own else None,
+                )
+            )
+        vectors = by_group.pop("")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not a whole vector file ({error}); save it again with VectorSet.save()."
+        ) from error
+    return VectorSet(vectors, {name: VectorSet(group) for name, group in by_group.items()})
+
+
+def normalize_across(sets: Mapping[str, VectorSet]) -> dict[str, VectorSet]:
+    """Gives every behaviour the same norm at each layer: the mean of the behaviours' norms.
+
+        v_b <- v_b * mean_b'(|v_b'|) / |v_b|
+
+    All published evaluations of the paper use vectors normalised so over its seven behaviours.
+
+    Args:
+        sets: one `VectorSet` a behaviour, of the same model and layers.
+
+    Raises:
+        InputError: fewer than two sets, different models or layers, or a zero vector.
+    """
+    if len(sets) < 2:
+        raise InputError(f"normalize_across needs at least two behaviours, got {len(sets)}.")
+    first = next(iter(sets.values()))
+    for name, vectors in sets.items():
+        if vectors.layers != first.layers or vectors.provenance.model != first.provenance.model:
+            raise InputError(
+                f"{name!r} has layers {_ranges(vectors.layers)} of {vectors.provenance.model}, others have "
+                f"{_ranges(first.layers)} of {first.provenance.model}; extract all from one model with the same layers=."
+            )
+        if not vectors.stack().norm(dim=-1).all():
+            raise InputError(f"{name!r} holds a zero vector, which has no direction; leave the behaviour out.")
+    scaled = {
+        layer: rescale_to_mean_norm(torch.stack([vectors[layer].tensor for vectors in sets.values()]))
+        for layer in first.layers
+    }
+    return {
+        name: vectors.map(
+            lambda v, row=row: replace(  # type: ignore[misc]
+                v,
+                tensor=scaled[v.layer][row],
+                provenance=replace(v.provenance, normalized_across=tuple(sets)),
+            )
+        )
+        for row, (name, vectors) in enumerate(sets.items())
+    }
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """`(0, 1, 2, 5)` as `"0-2, 5"`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
