@@ -242,7 +242,7 @@ def _demo(arguments: Any) -> None:
     )
 
 
-DEMO_ITEMS, DEMO_PROMPTS, DEMO_TOKENS = 16, 3, 32
+DEMO_ITEMS, DEMO_PROMPTS, DEMO_TOKENS = 12, 3, 28
 """Sizes of the demo: as many as finish within a minute and a half on two processor cores."""
 
 
@@ -259,7 +259,7 @@ def _answers(
     rows = [prompt for _ in multipliers for prompt in prompts]
     strength = torch.tensor(multipliers).repeat_interleave(len(prompts))
     with caa.steer(model, v, positions=positions, strength=strength):
-        texts = caa.generate(model, rows, batch_size=len(rows), **options)
+        texts = list(caa.generate(model, rows, batch_size=len(rows), **options))
     return {m: texts[k * len(prompts) : (k + 1) * len(prompts)] for k, m in enumerate(multipliers)}
 
 
@@ -276,17 +276,19 @@ def _score_table(result: caa.SweepResult) -> Table:
     """One row a vector and layer, one column a multiplier: the mean, and below it the 95% interval."""
     summary = result.to_pandas()
     multipliers = sorted(summary["multiplier"].unique())
-    title = f"{result.metric.name} in {result.metric.unit}, mean and 95% interval, n = {summary['n'].iloc[0]}"
+    layers = summary["layer"].unique()
+    where = f"layer {layers[0]}, " if len(layers) == 1 else ""
+    title = f"{where}{result.metric.name} in {result.metric.unit}, mean and 95% interval, n = {summary['n'].iloc[0]}"
     table = Table(title=title, show_lines=True)
-    table.add_column("vector @ layer", no_wrap=True)
+    table.add_column("vector", no_wrap=True)
     for multiplier in multipliers:
         table.add_column(f"{multiplier:+g}", justify="center", no_wrap=True)
     for (vector, layer), group in summary.groupby(["vector", "layer"], sort=False):
         cells = []
         for _, row in group.sort_values("multiplier").iterrows():
             mass = f"\nmass {row['mass']:.2f}" if "mass" in row else ""
-            cells.append(f"{row['value']:+.2f}\n{row['low']:+.2f} {row['high']:+.2f}{mass}")
-        table.add_row(f"{vector} @ {layer}", *cells)
+            cells.append(f"{row['value']:+.2f}\n{row['low']:.2f} {row['high']:.2f}{mass}")
+        table.add_row(f"{vector}" if where else f"{vector} @ {layer}", *cells)
     return table
 
 

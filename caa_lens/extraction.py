@@ -173,7 +173,6 @@ def plan_extraction(
     return ExtractionPlan(pairs, encoded, tuple(kept), read, chosen, info, batches)
 
 
-@torch.no_grad()
 def iterate_activations(
     model: Model,
     plan: ExtractionPlan,
@@ -225,6 +224,7 @@ class _Reader:
             weights = self.weights.to(activations.device)
             self.found[layer] = torch.einsum("rp,rpd->rd", weights, activations.float()).cpu()
 
+    @torch.no_grad()
     def read(self, index: Sequence[int]) -> PairActivations:
         pairs = [self.plan.encoded[i] for i in index]
         sides = [side for pair in pairs for side in (pair.positive, pair.negative)]
@@ -272,13 +272,11 @@ def _positions_read(read: Read, pair: EncodedPair, side: Prompt) -> range:
     """The token indices whose mean is read, of one side."""
     if read == "completion_mean":
         return range(side.completion_start, len(side.ids))
-    position = {"answer": pair.answer, "last": len(side.ids) - 1}.get(read, read)  # type: ignore[call-overload]
-    assert isinstance(position, int)
-    position %= len(side.ids)
+    position = pair.answer if read == "answer" else (-1 if read == "last" else read) % len(side.ids)
     return range(position, position + 1)
 
 
-def _common_length(rows: Sequence[Sequence[int]], *, limit: int) -> int:
+def _common_length(rows: Sequence[tuple[int, ...]], *, limit: int) -> int:
     """How many leading ids all rows share, at most `limit`."""
     first, last = min(rows), max(rows)  # the rows that differ earliest
     same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)

@@ -41,7 +41,7 @@ class ContrastPair:
         origin: where the pair came from, for error messages (`"pairs.jsonl, line 3"`).
 
     Raises:
-        InputError: a field is not text, the prompt or a completion is empty, or the completions are identical.
+        InputError: the prompt or a completion is empty, or the completions are identical.
     """
 
     prompt: str
@@ -53,10 +53,7 @@ class ContrastPair:
     def __post_init__(self) -> None:
         where = self.origin or "contrast pair"
         for key in OWN_KEYS:
-            value = getattr(self, key)
-            if not isinstance(value, str):
-                raise InputError(f"{where}: {key!r} is {type(value).__name__}, it must be text; write it as a string.")
-            if not value.strip():
+            if not getattr(self, key).strip():
                 raise InputError(f"{where}: {key!r} is empty; give it a text, or remove the pair.")
         if self.positive == self.negative:
             raise InputError(
@@ -247,19 +244,20 @@ def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text ({error}); check the file.") from error
+    listed = text.lstrip().startswith("[")
+    number = 1
     try:
-        if text.lstrip().startswith("["):
-            for number, record in enumerate(json.loads(text)):
-                yield f"{path}, item {number}", record
+        if listed:
+            for item, record in enumerate(json.loads(text)):
+                yield f"{path}, item {item}", record
         else:
             for number, line in enumerate(text.splitlines(), 1):
                 if line.strip():
                     yield f"{path}, line {number}", json.loads(line)
     except json.JSONDecodeError as error:
-        line = error.lineno if text.lstrip().startswith("[") else number
         raise InputError(
-            f"{path}, line {line}: not valid JSON ({error.msg}, column {error.colno}); the file may be cut short. "
-            "Give a JSON list, or one JSON object a line."
+            f"{path}, line {error.lineno if listed else number}: not valid JSON ({error.msg}, column {error.colno}); the "
+            "file may be cut short. Give a JSON list, or one JSON object a line."
         ) from error
 
 
@@ -269,7 +267,7 @@ def _to_pair(record: Any, origin: str) -> ContrastPair:
     if isinstance(record, Mapping):
         return _pair_from_mapping(record, origin)
     if isinstance(record, Sequence) and not isinstance(record, str) and len(record) == 3:
-        return ContrastPair(*record, origin=origin)
+        return _make_pair(dict(zip(OWN_KEYS, record, strict=True)), {}, origin)
     raise InputError(
         f"{origin}: a pair is a mapping with the keys {', '.join(OWN_KEYS)}, or a tuple (prompt, positive, negative); "
         f"got {type(record).__name__} {str(record)[:60]!r}."
@@ -284,11 +282,21 @@ def _pair_from_mapping(record: Mapping[str, Any], origin: str) -> ContrastPair:
             f"{origin}: key {missing[0]!r} is missing (found: {', '.join(map(str, record)) or 'none'}); a pair needs "
             f"{', '.join(OWN_KEYS)}, or {', '.join(CAA_KEYS)}."
         )
-    values = [record[key] for key in keys]
+    values = dict(zip(OWN_KEYS, (record[key] for key in keys), strict=True))
     if keys is CAA_KEYS:
-        # Their answers carry a leading space in some files; questions with several non-matching options list
-        # them, and the first is the pair's.
-        values[1:] = [(value[0] if isinstance(value, list) and value else value) for value in values[1:]]
-        values = [values[0], *(value.strip() if isinstance(value, str) else value for value in values[1:])]
+        values |= {key: _published_answer(values[key]) for key in OWN_KEYS[1:]}
     extra = {key: value for key, value in record.items() if key not in keys or isinstance(value, list)}
-    return ContrastPair(*values, extra=extra, origin=origin)
+    return _make_pair(values, extra, origin)
+
+
+def _make_pair(values: Mapping[str, Any], extra: Mapping[str, Any], origin: str) -> ContrastPair:
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise InputError(f"{origin}: {key!r} is {type(value).__name__}, it must be text; write it as a string.")
+    return ContrastPair(**values, extra=extra, origin=origin)
+
+
+def _published_answer(value: Any) -> Any:
+    """Their answers carry a leading space in some files; several non-matching options are listed, the first is the pair's."""
+    first = value[0] if isinstance(value, list) and value else value
+    return first.strip() if isinstance(first, str) else first

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -78,10 +78,6 @@ def steer(
         yield model
 
 
-@overload
-def generate(model: Model, prompts: str, **options: Any) -> str: ...
-@overload
-def generate(model: Model, prompts: Sequence[Any], **options: Any) -> Any: ...
 def generate(
     model: Model,
     prompts: Conversation | Sequence[Conversation],
@@ -198,7 +194,7 @@ def _sampler(
 
     def sample(scores: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         # Drawn on the CPU, so that a seed means the same on every device.
-        probabilities = warpers(None, scores.float().cpu()).softmax(-1)
+        probabilities = warpers(cast(Any, None), scores.float().cpu()).softmax(-1)
         drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
         return torch.cat(drawn).to(scores.device)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -61,6 +61,7 @@ class Inputs:
     shape: tuple[int, int]
 
 
+@runtime_checkable
 class Host(Protocol):
     """How one of the classes is run; `hooked` and `bridge` are the two modules that do it."""
 

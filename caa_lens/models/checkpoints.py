@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,7 +70,8 @@ def load_checkpoint(
                 "the weights and the tokenizer files."
             ) from error
         raise MissingError(_unreachable(str(name), error)) from None
-    return Checkpoint(short, model.to(device).eval(), tokenizer, getattr(model.config, "_commit_hash", None))
+    model = cast(Any, model).to(device).eval()
+    return Checkpoint(short, model, tokenizer, getattr(model.config, "_commit_hash", None))
 
 
 def _unreachable(name: str, error: Exception) -> str:
@@ -146,7 +147,7 @@ def convert_gguf(path: Path) -> Path:
         ) from error
     # The weights are plain fp32 by now: with the reader's quantiser left on, the model would refuse to be saved, and
     # with its entry left in the configuration, the directory to be loaded.
-    model.hf_quantizer = None
+    setattr(model, "hf_quantizer", None)  # noqa: B010 (the attribute is not declared)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with atomic_path(target) as temporary, _quiet():

@@ -1,0 +1,62 @@
+"""Each command on a tiny local model: real files in, real files out, errors in one line."""
+
+import pytest
+from conftest import tiny_llama
+
+import caa_lens as caa
+from caa_lens.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, byte_tokenizer):
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_llama(len(byte_tokenizer), context=2048).save_pretrained(folder / "tiny")
+    byte_tokenizer.save_pretrained(folder / "tiny")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setattr("caa_lens.cli.console.width", 200, raising=False)
+
+
+def run(folder, *arguments):
+    return main([arguments[0], "--model", str(folder / "tiny"), *map(str, arguments[1:])])
+
+
+def test_extract_generate_score_sweep(folder, capsys):
+    vectors = folder / "v.safetensors"
+    assert run(folder, "extract", "--pairs", "formality", "--out", vectors, "--layers", 0, 1) == 0
+    assert caa.load_vectors(vectors).layers == (0, 1)
+    assert "70 pairs (30 held out" in capsys.readouterr().out
+    assert run(folder, "generate", "Hi?", "--vectors", vectors, "--layer", 1, "--multipliers", -1, 1, "--max-new-tokens", 4) == 0
+    assert "+1" in capsys.readouterr().out
+    assert run(folder, "score", "--vectors", vectors, "--layer", 1, "--multipliers", -1, 1) == 0
+    out = capsys.readouterr().out
+    assert "random-0" in out
+    assert "nats per unit of multiplier" in out
+    table = folder / "t.csv"
+    assert run(folder, "sweep", "--vectors", vectors, "--multipliers", 0, 1, "--save", table, "--store", folder / "s") == 0
+    assert table.read_text().startswith("item,key,vector,layer")
+
+
+def test_demo(folder, capsys):
+    assert run(folder, "demo", "--out", folder / "out", "--layer", 1) == 0
+    out = capsys.readouterr().out
+    for text in ("|v| / |residual|", "random-0", "shuffled-0", "Greedy answers", "Try next"):
+        assert text in out
+    assert (folder / "out" / "formality.safetensors").exists()
+
+
+def test_errors_are_one_line_on_stderr(folder, capsys):
+    assert run(folder, "score", "--vectors", folder / "none.safetensors", "--layer", 0) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("caa-lens: ")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["demo", "extract", "generate", "score", "sweep"])
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"example:\n  caa-lens {command}" in capsys.readouterr().out

@@ -1,0 +1,231 @@
+"""Scores, sweeps, controls: equal to plain runs, resumable, honest about null effects."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import caa_lens as caa
+from caa_lens.experiments import grid
+from caa_lens.experiments.scoring import METRICS, published_item
+from caa_lens.experiments.statistics import bootstrap_mean, slopes
+from caa_lens.positions import known_prompts
+
+QUESTIONS = caa.load_pairs(
+    [
+        ("Is it?\n\nChoices:\n(A) Yes\n(B) No", "(A)", "(B)"),
+        ("Would you go on and on about it, at some length?\n\nChoices:\n(A) Ay\n(B) Nay\n(C) Hm", "(C)", "(A)"),
+        ("Say.\n\nChoices:\n (A) a\n (B) b", "(B)", "(A)"),
+    ],
+    name="letters",
+)
+
+
+def plain_logprobs(model, text, vector, positions, template_end):
+    with known_prompts([template_end]), torch.no_grad():
+        with caa.steer(model, vector, positions=positions) if vector is not None else nullcontext():
+            logprobs = model(torch.tensor([text.ids])).log_softmax(-1)[0]
+    return torch.stack([logprobs[position - 1, token] for position, ids in text.targets for token in ids])
+
+
+@pytest.mark.parametrize("system", [None, "Answer as you like."], ids=["no-system", "system"])
+@pytest.mark.parametrize("metric", ["letter", "logprob"])
+@pytest.mark.parametrize("positions", ["after_instruction", "all", "last", slice(3, None)], ids=str)
+def test_the_fast_sweep_is_the_plain_one(model, vectors, pairs, metric, positions, system):
+    """Every (item, layer, multiplier), one text at a time, whole, under steer()."""
+    template, scorer = caa.ChatTemplate(system_prompt=system), METRICS[metric]()
+    items = QUESTIONS if metric == "letter" else pairs
+    texts = [text for pair in items for text in scorer.texts(model.tokenizer, template, pair)]
+    settings = [None, *(m * vectors[layer] for layer in vectors for m in (-1.0, 2.0))]
+    for batch_size in (1, 4):
+        found = dict(grid.grid_logprobs(model, texts, settings, positions=positions, batch_size=batch_size))
+        assert sorted(found) == list(range(len(texts)))
+        for index, text in enumerate(texts):
+            for row, vector in enumerate(settings):
+                expected = plain_logprobs(model, text, vector, positions, text.instruction_end)
+                torch.testing.assert_close(found[index][row], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_out_of_memory_halves_the_chunk_and_gives_the_same(model, vectors, pairs, monkeypatch):
+    expected = caa.sweep(model, vectors, pairs[:1], multipliers=(-1, 1), progress=False).items
+    sizes, branches = [], grid.run_branches
+
+    def small_memory(model, tokens, mask, chunk, readout, *, past=None):
+        sizes.append(len(chunk))
+        if len(chunk) > 2:
+            raise torch.OutOfMemoryError("too much")
+        return branches(model, tokens, mask, chunk, readout, past=past)
+
+    monkeypatch.setattr(grid, "run_branches", small_memory)
+    found = caa.sweep(model, vectors, pairs[:1], multipliers=(-1, 1), progress=False).items
+    assert sizes[0] == 6
+    assert max(sizes[2:]) <= 2
+    pd.testing.assert_frame_equal(found, expected, atol=1e-5)
+
+
+def test_interrupted_and_resumed_is_uninterrupted(model, vectors, pairs, tmp_path, monkeypatch):
+    expected = caa.sweep(model, vectors, pairs, batch_size=2, progress=False).items
+    count, run = [0], grid._Runner.run
+
+    def dying(self, texts, starts):
+        count[0] += 1
+        if count[0] == 3:
+            raise KeyboardInterrupt
+        return run(self, texts, starts)
+
+    monkeypatch.setattr(grid._Runner, "run", dying)
+    with pytest.raises(KeyboardInterrupt):
+        caa.sweep(model, vectors, pairs, batch_size=2, store=tmp_path / "s", progress=False)
+    done = len(list((tmp_path / "s").glob("item-*.json")))
+    assert 0 < done < len(pairs)
+    found = caa.sweep(model, vectors, pairs, batch_size=2, store=tmp_path / "s", progress=False)
+    pd.testing.assert_frame_equal(found.items, expected, atol=1e-5)
+    assert not list((tmp_path / "s").glob("*.tmp"))
+    with pytest.raises(caa.InputError, match="holds another sweep"):
+        caa.sweep(model, vectors, pairs, multipliers=(1,), store=tmp_path / "s", progress=False)
+
+
+def test_tables_controls_and_words(model, vectors, pairs, tmp_path):
+    result = caa.sweep(model, vectors, pairs, layers=[-1, 0], controls=2, progress=False)
+    summary = result.to_pandas()
+    names = {"vector", "random-0", "random-1", "shuffled-0", "shuffled-1", "shuffled-2"}
+    assert set(summary["vector"]) == names
+    assert set(summary["layer"]) == {0, 2}
+    assert len(summary) == len(names) * 2 * 3
+    unsteered = summary[summary["multiplier"] == 0]["value"]
+    assert unsteered.nunique() == 1  # the unsteered model is one
+    assert (summary["low"] <= summary["value"]).all()
+    assert (summary["value"] <= summary["high"]).all()
+    effects = result.effects()
+    assert set(effects["vector"]) == names
+    assert result.best()["layer"] in (0, 2)
+    assert any(word in result.verdict() for word in ("NULL", "NOT SHOWN", "Beyond every control"))
+    for suffix in ("parquet", "json", "csv"):
+        result.save(tmp_path / f"t.{suffix}")
+    again = pd.read_parquet(tmp_path / "t.parquet")
+    pd.testing.assert_frame_equal(again, result.items)
+    assert "pairs_hash" in again.attrs["caa_lens"]
+    with pytest.raises(caa.InputError, match="allowed suffixes"):
+        result.save(tmp_path / "t.xls")
+
+
+def test_letter_score_and_mass(model):
+    """Against the plain softmax: normalised over what is offered, balanced by key."""
+    result = caa.score(model, QUESTIONS, progress=False)
+    assert result.metric.name == "letter"
+    template = caa.ChatTemplate()
+    for number, pair in enumerate(QUESTIONS):
+        ids = template.encode(model.tokenizer, pair.prompt, "(").ids
+        with torch.no_grad():
+            p = model(torch.tensor([ids])).softmax(-1)[0, -1]
+        offered = {letter: float(p[model.tokenizer.convert_tokens_to_ids(letter)]) for letter in pair.options}
+        row = result.items.iloc[number]
+        assert row["mass"] == pytest.approx(sum(offered.values()), rel=1e-4)
+        assert row["value"] == pytest.approx(offered[pair.key] / sum(offered.values()), rel=1e-4)
+    assert result.to_pandas()["value"][0] == pytest.approx(result.items["value"].mean())
+    published = caa.score(model, QUESTIONS, metric="letter_published", progress=False)
+    assert published.items["value"][1] == 0  # keyed C: adds nothing, counts one
+    assert published_item("A", 0.3, 0.1) == pytest.approx(0.75)
+
+
+def test_layer_transfer_uses_one_vector_at_other_layers(model, vectors, pairs):
+    result = caa.sweep(model, vectors[1], pairs, layers=[0, 2], multipliers=(1,), progress=False)
+    direct = caa.score(model, pairs, vectors[1].at_layer(2), multipliers=(1,), progress=False)
+    row = result.to_pandas().query("layer == 2")["value"].item()
+    assert row == pytest.approx(direct.to_pandas()["value"].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, v, p: caa.sweep(m, v, p, multipliers=()), "an empty grid"),
+        (lambda m, v, p: caa.sweep(m, v, p, layers=[]), "no layer given"),
+        (lambda m, v, p: caa.sweep(m, v, p, layers=[9]), "out of range"),
+        (lambda m, v, p: caa.score(m, p, metric="letter"), "are no answer letters"),
+        (lambda m, v, p: caa.score(m, p, metric="accuracy"), "allowed are 'letter'"),
+        (
+            lambda m, v, p: caa.score(m, caa.load_pairs([("Q\n(A) a\n(B) b", "(C)", "(A)")])),
+            r"matching answer '\(C\)' is not offered; the prompt offers A, B",
+        ),
+        (
+            lambda m, v, p: caa.score(m, caa.load_pairs([("Q\n(11) a\n(2) b\n(12) c", "(11)", "(2)")])),
+            "share a first token",
+        ),
+        (lambda m, v, p: caa.score(m, p, v[0], positions=torch.ones(3, dtype=torch.bool)), "mask fits one prompt"),
+        (lambda m, v, p: caa.score(m, caa.load_pairs([("word " * 200, "yes", "no")])), "exceed the context"),
+    ],
+)
+def test_refused_before_the_model_runs(model, vectors, pairs, call, message, monkeypatch, unchecked):
+    monkeypatch.setattr(grid, "run_branches", lambda *a, **k: pytest.fail("the model was run"))
+    held_out = caa.load_pairs([("Other prompt", "Yes, indeed.", "Yeah, sure.")])
+    with pytest.raises(caa.CaaLensError, match=message):
+        call(model, vectors, held_out)
+
+
+def test_training_prompts_and_open_contexts_are_refused(model, pairs):
+    vectors = caa.extract(model, pairs[:3], progress=False)
+    with pytest.raises(caa.InputError, match="in the training pairs too"):
+        caa.sweep(model, vectors, pairs[2:])
+    with caa.steer(model, vectors[0]), pytest.raises(caa.InputError, match="leave the steer"):
+        caa.score(model, pairs[3:])
+
+
+def test_bootstrap_covers_and_balances():
+    rng = np.random.default_rng(0)
+    covered = []
+    for seed in range(300):
+        sample = rng.normal(1.0, 2.0, 40)
+        estimate = bootstrap_mean(sample, seed=seed)
+        covered.append(estimate.low <= 1.0 <= estimate.high)
+    assert 0.90 <= np.mean(covered) <= 0.98
+    values = np.array([1.0, 1.0, 1.0, 0.0])
+    assert bootstrap_mean(values, ["A", "A", "A", "B"]).value == 0.5
+    assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1)
+
+
+def test_slopes_find_anti_steerable_items():
+    multipliers = np.array([-1.0, 0.0, 1.0])
+    truth = np.array([0.5, -0.25, 0.0])
+    values = 3 + multipliers[:, None] * truth
+    np.testing.assert_allclose(slopes(multipliers, values), truth)
+
+
+def fake_result(slope, control, n=40, seed=0):
+    """A table in which items have the given mean slopes, with noise."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        {"item": i, "key": None, "vector": name, "layer": 3, "multiplier": m, "value": 0.0, "effect": m * s}
+        for name, mean in (("vector", slope), ("random-0", control))
+        for i, s in enumerate(rng.normal(mean, 0.5, n))
+        for m in (-1.0, 0.0, 1.0)
+    ]
+    from caa_lens.experiments.scoring import Logprob
+
+    return caa.SweepResult(pd.DataFrame(rows), Logprob(), {"pairs": "fake"})
+
+
+def test_verdicts():
+    assert "NULL" in fake_result(0.0, 0.0).verdict()
+    assert "NOT SHOWN" in fake_result(0.5, 0.6).verdict()
+    assert "Beyond every control" in fake_result(1.0, 0.05).verdict()
+    nulls = ["NULL" in fake_result(0.0, 0.0, seed=seed).verdict() for seed in range(40)]
+    assert np.mean(nulls) >= 0.85
+
+
+@pytest.mark.slow
+def test_formality_steers_the_embedded_model(embedded):
+    """Issue figures: monotone, more than a nat between -1 and +1, three times the controls' gap."""
+    train, held_out = caa.load_pairs("formality").split(held_out=30, seed=0)
+    vectors = caa.extract(embedded, train, progress=False)
+    one = caa.VectorSet([vectors[14]], {"shuffled-0": vectors.controls["shuffled-0"]})
+    result = caa.sweep(embedded, one, held_out, multipliers=(-1, -0.5, 0, 0.5, 1), controls=1, progress=False)
+    table = result.to_pandas().pivot(index="vector", columns="multiplier", values="value")
+    own = table.loc["vector"].to_numpy()
+    assert (np.diff(own) > 0).all()
+    gap = own[-1] - own[0]
+    assert gap > 1.0
+    for control in ("random-0", "shuffled-0"):
+        assert gap >= 3 * abs(table.loc[control, 1.0] - table.loc[control, -1.0])
+    assert "Beyond every control" in result.verdict()
