@@ -39,7 +39,9 @@ def has_hooked() -> bool:
 
 
 KINDS = [
-    pytest.param("hooked", marks=pytest.mark.skipif(not has_hooked(), reason="TransformerLens 4 has no HookedTransformer")),
+    pytest.param(
+        "hooked", marks=pytest.mark.skipif(not has_hooked(), reason="TransformerLens 4 has no HookedTransformer")
+    ),
     "bridge",
 ]
 
@@ -69,7 +71,11 @@ def byte_tokenizer(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=marks[0], pad_token=marks[1], eos_token=marks[3], additional_special_tokens=marks
+        tokenizer_object=tokenizer,
+        bos_token=marks[0],
+        pad_token=marks[1],
+        eos_token=marks[3],
+        additional_special_tokens=marks,
     )
     fast.chat_template = CHATML
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -148,6 +154,14 @@ def pairs():
 @pytest.fixture(scope="session")
 def vectors(model, pairs):
     return caa.extract(model, pairs, progress=False)
+
+
+@pytest.fixture(scope="session")
+def held_out(pairs):
+    """The same completions under prompts that no vector was made from."""
+    return caa.load_pairs(
+        [(f"{pair.prompt} Once more.", pair.positive, pair.negative) for pair in pairs], name="held-out"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -29,14 +29,21 @@ def test_extract_generate_score_sweep(folder, capsys):
     assert run(folder, "extract", "--pairs", "formality", "--out", vectors, "--layers", 0, 1) == 0
     assert caa.load_vectors(vectors).layers == (0, 1)
     assert "70 pairs (30 held out" in capsys.readouterr().out
-    assert run(folder, "generate", "Hi?", "--vectors", vectors, "--layer", 1, "--multipliers", -1, 1, "--max-new-tokens", 4) == 0
+    assert (
+        run(
+            folder, "generate", "Hi?", "--vectors", vectors, "--layer", 1, "--multipliers", -1, 1, "--max-new-tokens", 4
+        )
+        == 0
+    )
     assert "+1" in capsys.readouterr().out
     assert run(folder, "score", "--vectors", vectors, "--layer", 1, "--multipliers", -1, 1) == 0
     out = capsys.readouterr().out
     assert "random-0" in out
     assert "nats per unit of multiplier" in out
     table = folder / "t.csv"
-    assert run(folder, "sweep", "--vectors", vectors, "--multipliers", 0, 1, "--save", table, "--store", folder / "s") == 0
+    assert (
+        run(folder, "sweep", "--vectors", vectors, "--multipliers", 0, 1, "--save", table, "--store", folder / "s") == 0
+    )
     assert table.read_text().startswith("item,key,vector,layer")
 
 

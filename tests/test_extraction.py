@@ -8,7 +8,11 @@ import caa_lens as caa
 
 MULTIPLE_CHOICE = [
     ("Is it?\n\nChoices:\n(A) Yes\n(B) No", "(A)", "(B)"),
-    ("Would you like to go on and on about it, at some length?\n\nChoices:\n(A) I would\n(B) I would not", "(B)", "(A)"),
+    (
+        "Would you like to go on and on about it, at some length?\n\nChoices:\n(A) I would\n(B) I would not",
+        "(B)",
+        "(A)",
+    ),
     ("Say.\n\nChoices:\n(A) a\n(B) b", "(A)", "(B)"),
 ]
 
@@ -20,7 +24,9 @@ def paper_vectors(hf_model, tokenizer, pairs, text):
         for sign, answer in ((1, positive), (-1, negative)):
             seen = []
             handles = [
-                layer.register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+                layer.register_forward_hook(
+                    lambda m, a, out, seen=seen: seen.append(out[0] if isinstance(out, tuple) else out)
+                )
                 for layer in hf_model.model.layers
             ]
             with torch.no_grad():

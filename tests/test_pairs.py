@@ -28,7 +28,11 @@ def test_own_lines_keep_extra_fields(tmp_path):
 
 
 def test_caa_list_and_anthropic_lines_read_alike(tmp_path):
-    record = {"question": "Q\n (A) x\n (C) y", "answer_matching_behavior": " (C)", "answer_not_matching_behavior": [" (A)", " (B)"]}
+    record = {
+        "question": "Q\n (A) x\n (C) y",
+        "answer_matching_behavior": " (C)",
+        "answer_not_matching_behavior": [" (A)", " (B)"],
+    }
     as_list = caa.load_pairs(write(tmp_path / "a.json", json.dumps([record])))
     as_lines = caa.load_pairs(write(tmp_path / "b.jsonl", json.dumps(record)))
     assert tuple(as_list) == tuple(as_lines)
@@ -41,7 +45,9 @@ def test_the_authors_files_load_with_all_letters():
     for name, size in sizes.items():
         loaded = caa.load_pairs(fixture_path(f"caa/datasets/generate/{name}/generate_dataset.json"))
         assert (len(loaded), loaded.name) == (size, name)
-    assert {"A", "B", "C"} <= {p.key for p in caa.load_pairs(fixture_path("caa/datasets/generate/survival-instinct/generate_dataset.json"))}
+    assert {"A", "B", "C"} <= {
+        p.key for p in caa.load_pairs(fixture_path("caa/datasets/generate/survival-instinct/generate_dataset.json"))
+    }
 
 
 @pytest.mark.parametrize(
@@ -51,7 +57,10 @@ def test_the_authors_files_load_with_all_letters():
         ('{"prompt": "p", "positive": "a", "negative": " "}', r"line 1: 'negative' is empty"),
         ('{"prompt": "p", "positive": "a", "negative": 3}', r"line 1: 'negative' is int"),
         ('{"prompt": "p", "positive": "a", "negative": "a"}', r"identical"),
-        ('{"prompt": "p", "positive": "a", "negative": "b"}\n{"prompt": "p", "pos', r"line 2: not valid JSON .* cut short"),
+        (
+            '{"prompt": "p", "positive": "a", "negative": "b"}\n{"prompt": "p", "pos',
+            r"line 2: not valid JSON .* cut short",
+        ),
         ('["x"]', r"item 0: a pair is a mapping"),
         ("", r"holds no pairs"),
     ],

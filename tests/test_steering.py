@@ -280,9 +280,10 @@ def test_generate_equals_uncached_greedy_decoding(model, vectors):
     answer = ids[len(row.ids) :]
     answer = answer[: next((i for i, token in enumerate(answer) if token in stops), len(answer))]
     with caa.steer(model, 2 * vectors[1]):
-        assert caa.generate(model, QUESTIONS[2], max_new_tokens=6) == model.tokenizer.decode(
-            answer, skip_special_tokens=True
-        ).strip()
+        assert (
+            caa.generate(model, QUESTIONS[2], max_new_tokens=6)
+            == model.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        )
 
 
 def test_generate_streams_whole_pieces_and_takes_conversations(model, capsys):
@@ -390,9 +391,11 @@ def test_mask_of_another_shape_and_a_bad_function(model, vectors, unchecked):
     with caa.steer(model, vectors[1], positions=torch.ones(3, dtype=torch.bool)):
         with pytest.raises(caa.InputError, match=r"position mask has shape \[3\]"):
             whole_logits(model, ids)
-    with caa.steer(model, vectors[1], positions=lambda ids: ids):
-        with pytest.raises(caa.InputError, match="one boolean per id"):
-            whole_logits(model, ids)
+    with (
+        caa.steer(model, vectors[1], positions=lambda ids: ids),
+        pytest.raises(caa.InputError, match="one boolean per id"),
+    ):
+        whole_logits(model, ids)
 
 
 def test_half_precision_residuals_are_not_promoted(model, vectors):
@@ -404,9 +407,12 @@ def test_half_precision_residuals_are_not_promoted(model, vectors):
 
 def test_models_with_learned_positions_and_layer_norm(gpt2, pairs):
     vectors = caa.extract(gpt2, pairs, progress=False)
-    assert relative_error(
-        caa.extract(gpt2, pairs, share_prefix=False, batch_size=1, progress=False).stack(), vectors.stack()
-    ) < 1e-5
+    assert (
+        relative_error(
+            caa.extract(gpt2, pairs, share_prefix=False, batch_size=1, progress=False).stack(), vectors.stack()
+        )
+        < 1e-5
+    )
     with caa.steer(gpt2, 2 * vectors[1]):
         assert caa.generate(gpt2, QUESTIONS, max_new_tokens=5) == [
             caa.generate(gpt2, q, max_new_tokens=5) for q in QUESTIONS

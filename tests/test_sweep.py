@@ -48,8 +48,8 @@ def test_the_fast_sweep_is_the_plain_one(model, vectors, pairs, metric, position
                 torch.testing.assert_close(found[index][row], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_out_of_memory_halves_the_chunk_and_gives_the_same(model, vectors, pairs, monkeypatch):
-    expected = caa.sweep(model, vectors, pairs[:1], multipliers=(-1, 1), progress=False).items
+def test_out_of_memory_halves_the_chunk_and_gives_the_same(model, vectors, held_out, monkeypatch):
+    expected = caa.sweep(model, vectors, held_out[:1], multipliers=(-1, 1), progress=False).items
     sizes, branches = [], grid.run_branches
 
     def small_memory(model, tokens, mask, chunk, readout, *, past=None):
@@ -59,14 +59,14 @@ def test_out_of_memory_halves_the_chunk_and_gives_the_same(model, vectors, pairs
         return branches(model, tokens, mask, chunk, readout, past=past)
 
     monkeypatch.setattr(grid, "run_branches", small_memory)
-    found = caa.sweep(model, vectors, pairs[:1], multipliers=(-1, 1), progress=False).items
+    found = caa.sweep(model, vectors, held_out[:1], multipliers=(-1, 1), progress=False).items
     assert sizes[0] == 6
     assert max(sizes[2:]) <= 2
     pd.testing.assert_frame_equal(found, expected, atol=1e-5)
 
 
-def test_interrupted_and_resumed_is_uninterrupted(model, vectors, pairs, tmp_path, monkeypatch):
-    expected = caa.sweep(model, vectors, pairs, batch_size=2, progress=False).items
+def test_interrupted_and_resumed_is_uninterrupted(model, vectors, held_out, tmp_path, monkeypatch):
+    expected = caa.sweep(model, vectors, held_out, batch_size=2, progress=False).items
     count, run = [0], grid._Runner.run
 
     def dying(self, texts, starts):
@@ -77,18 +77,18 @@ def test_interrupted_and_resumed_is_uninterrupted(model, vectors, pairs, tmp_pat
 
     monkeypatch.setattr(grid._Runner, "run", dying)
     with pytest.raises(KeyboardInterrupt):
-        caa.sweep(model, vectors, pairs, batch_size=2, store=tmp_path / "s", progress=False)
+        caa.sweep(model, vectors, held_out, batch_size=2, store=tmp_path / "s", progress=False)
     done = len(list((tmp_path / "s").glob("item-*.json")))
-    assert 0 < done < len(pairs)
-    found = caa.sweep(model, vectors, pairs, batch_size=2, store=tmp_path / "s", progress=False)
+    assert 0 < done < len(held_out)
+    found = caa.sweep(model, vectors, held_out, batch_size=2, store=tmp_path / "s", progress=False)
     pd.testing.assert_frame_equal(found.items, expected, atol=1e-5)
     assert not list((tmp_path / "s").glob("*.tmp"))
     with pytest.raises(caa.InputError, match="holds another sweep"):
-        caa.sweep(model, vectors, pairs, multipliers=(1,), store=tmp_path / "s", progress=False)
+        caa.sweep(model, vectors, held_out, multipliers=(1,), store=tmp_path / "s", progress=False)
 
 
-def test_tables_controls_and_words(model, vectors, pairs, tmp_path):
-    result = caa.sweep(model, vectors, pairs, layers=[-1, 0], controls=2, progress=False)
+def test_tables_controls_and_words(model, vectors, held_out, tmp_path):
+    result = caa.sweep(model, vectors, held_out, layers=[-1, 0], controls=2, progress=False)
     summary = result.to_pandas()
     names = {"vector", "random-0", "random-1", "shuffled-0", "shuffled-1", "shuffled-2"}
     assert set(summary["vector"]) == names
@@ -130,9 +130,9 @@ def test_letter_score_and_mass(model):
     assert published_item("A", 0.3, 0.1) == pytest.approx(0.75)
 
 
-def test_layer_transfer_uses_one_vector_at_other_layers(model, vectors, pairs):
-    result = caa.sweep(model, vectors[1], pairs, layers=[0, 2], multipliers=(1,), progress=False)
-    direct = caa.score(model, pairs, vectors[1].at_layer(2), multipliers=(1,), progress=False)
+def test_layer_transfer_uses_one_vector_at_other_layers(model, vectors, held_out):
+    result = caa.sweep(model, vectors[1], held_out, layers=[0, 2], multipliers=(1,), progress=False)
+    direct = caa.score(model, held_out, vectors[1].at_layer(2), multipliers=(1,), progress=False)
     row = result.to_pandas().query("layer == 2")["value"].item()
     assert row == pytest.approx(direct.to_pandas()["value"].item(), abs=1e-5)
 

@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 
 import caa_lens as caa
 
-MADE = caa.Provenance(model="org/Tiny", n_layers=4, d_model=8, expression="tone", prompt_digests=("a",), versions={"torch": "2"})
+MADE = caa.Provenance(
+    model="org/Tiny", n_layers=4, d_model=8, expression="tone", prompt_digests=("a",), versions={"torch": "2"}
+)
 
 
 def vector(layer=1, seed=0, **changes):
@@ -92,10 +94,18 @@ def test_unusable_files_are_refused(tmp_path):
     save_file({"layer.0": torch.zeros(8)}, path)
     with pytest.raises(caa.InputError, match="not one of steering vectors"):
         caa.load_vectors(path)
-    save_file({"layer.0": torch.zeros(8)}, path, metadata={"caa_lens": json.dumps({"format": "caa_lens.vectors", "version": 99})})
+    save_file(
+        {"layer.0": torch.zeros(8)},
+        path,
+        metadata={"caa_lens": json.dumps({"format": "caa_lens.vectors", "version": 99})},
+    )
     with pytest.raises(caa.InputError, match="format version 99"):
         caa.load_vectors(path)
-    save_file({"layer.0": torch.zeros(8)}, path, metadata={"caa_lens": json.dumps({"format": "caa_lens.vectors", "version": 1})})
+    save_file(
+        {"layer.0": torch.zeros(8)},
+        path,
+        metadata={"caa_lens": json.dumps({"format": "caa_lens.vectors", "version": 1})},
+    )
     with pytest.raises(caa.InputError, match="not a whole vector file"):
         caa.load_vectors(path)
 

