@@ -401,10 +401,12 @@ def normalize_across(sets: Mapping[str, VectorSet]) -> dict[str, VectorSet]:
         raise InputError(f"normalize_across needs at least two behaviours, got {len(sets)}.")
     first = next(iter(sets.values()))
     for name, vectors in sets.items():
-        if vectors.layers != first.layers or vectors.provenance.model != first.provenance.model:
+        mine, others = vectors.provenance, first.provenance
+        if vectors.layers != first.layers or (mine.model, mine.basis) != (others.model, others.basis):
             raise InputError(
-                f"{name!r} has layers {_ranges(vectors.layers)} of {vectors.provenance.model}, others have "
-                f"{_ranges(first.layers)} of {first.provenance.model}; extract all from one model with the same layers=."
+                f"{name!r} has layers {_ranges(vectors.layers)} of {mine.model} ({mine.basis} weights), others have "
+                f"{_ranges(first.layers)} of {others.model} ({others.basis} weights), whose norms cannot be compared; extract "
+                "all from one model with the same layers=."
             )
         if not vectors.stack().norm(dim=-1).all():
             raise InputError(f"{name!r} holds a zero vector, which has no direction; leave the behaviour out.")

@@ -69,6 +69,17 @@ def test_batch_order_and_prefix_do_not_matter(model, pairs, read):
         assert relative_error(other.stack(), reference) < 1e-5
 
 
+def test_padding_length_does_not_matter(model, pairs, vectors, monkeypatch):
+    pad = caa.extraction.pad
+
+    def generous(rows, **options):
+        tokens, mask = pad([*rows, [0] * (max(map(len, rows)) + 7)], **options)
+        return tokens[:-1], mask[:-1]
+
+    monkeypatch.setattr("caa_lens.extraction.pad", generous)
+    assert relative_error(caa.extract(model, pairs, progress=False).stack(), vectors.stack()) < 1e-5
+
+
 def test_reads_are_what_they_say(model, pairs):
     """Against TransformerLens' own cache on whole texts."""
     template, tokenizer = caa.ChatTemplate(), model.tokenizer

@@ -138,6 +138,10 @@ def test_normalize_across_gives_the_mean_norm():
         caa.normalize_across({"a": sets["a"]})
     with pytest.raises(caa.InputError, match="zero vector"):
         caa.normalize_across({"a": sets["a"], "b": 0 * sets["b"]})
+    with pytest.raises(caa.InputError, match=r"\(raw weights\), whose norms cannot be compared"):
+        caa.normalize_across(
+            {"a": sets["a"], "b": caa.VectorSet([vector(0, basis="centred"), vector(1, basis="centred")])}
+        )
 
 
 def test_published_raw_vectors_become_the_published_normalised_ones():
