@@ -282,7 +282,7 @@ def _score_table(result: caa.SweepResult) -> Table:
     table = Table(title=title, show_lines=True)
     table.add_column("vector", no_wrap=True)
     for multiplier in multipliers:
-        table.add_column(f"{multiplier:+g}", justify="center", no_wrap=True)
+        table.add_column(_signed(multiplier), justify="center", no_wrap=True)
     for (vector, layer), group in summary.groupby(["vector", "layer"], sort=False):
         cells = []
         for _, row in group.sort_values("multiplier").iterrows():
@@ -292,11 +292,15 @@ def _score_table(result: caa.SweepResult) -> Table:
     return table
 
 
+def _signed(multiplier: float) -> str:
+    return f"{multiplier:+g}" if multiplier else "0"
+
+
 def _answer_table(prompts: Sequence[str], answers: dict[float, list[str]]) -> Table:
     table = Table(show_lines=True)
     table.add_column("prompt", ratio=1)
     for multiplier in answers:
-        table.add_column(f"{multiplier:+g}", ratio=2)
+        table.add_column(_signed(multiplier), ratio=2)
     for row, prompt in enumerate(prompts):
         # As plain text: an answer may hold square brackets, which are markup otherwise.
         table.add_row(Text(prompt), *(Text(texts[row]) for texts in answers.values()))

@@ -1,7 +1,7 @@
 """The authors' published results, scored by their own formula, without a model.
 
-Their files are `results/<behaviour>/results_<key>=<value>_..._.json`, a list of items with `a_prob` and `b_prob` (multiple choice) or
-`model_output` and, once judged, `score` (open-ended).
+Their files are `results/<behaviour>/results_<key>=<value>_..._.json`, a list of items with `a_prob` and `b_prob` (multiple
+choice) or `model_output` and, once judged, `score` (open-ended).
 """
 
 from __future__ import annotations

@@ -106,9 +106,9 @@ def watch(model: Model, watcher: Callable[[Inputs], None]) -> list[Any]:
         batch, length = args[0].shape[:2]
         entry = kwargs.get("past_kv_cache_entry")
         past = 0 if entry is None else entry.past_keys.shape[1]
-        watcher(Inputs(_joined(embedded, batch, length), kwargs.get("attention_mask"), past, (batch, length)))
-        if past:
-            embedded.clear()
+        tokens = _joined(embedded, batch, length)
+        embedded[:] = [] if tokens is None else [tokens]
+        watcher(Inputs(tokens, kwargs.get("attention_mask"), past, (batch, length)))
 
     return [
         model.embed.register_forward_pre_hook(embed_hook),

@@ -12,7 +12,7 @@ import argparse
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,21 +63,18 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def bench_kind(kind: str, repeats: int, plain: Any) -> list[tuple[str, str]]:
+def bench_kind(kind: str, repeats: int, plain: Any) -> Iterator[tuple[str, str]]:
     model = from_checkpoint(load_checkpoint(EMBEDDED, dtype=torch.float32, device=torch.device("cpu")), kind)
     tokenizer, template, letter = model.tokenizer, caa.ChatTemplate(), Letter()
     train, held_out = caa.load_pairs("ab/survival-instinct").split(held_out=30, seed=0)
     encoded = [template.encode_pair(tokenizer, pair) for pair in train[:60]]
-    rows: list[tuple[str, str]] = []
 
     whole, vectors = median(lambda: caa.extract(model, train[:60], progress=False), repeats)
     loop, _ = median(lambda: plain_extraction(plain, encoded), repeats)
     tokens = sum(len(p.positive.ids) + len(p.negative.ids) for p in encoded)
-    rows.append(
-        (
-            f"extract 60 pairs ({tokens} tokens), all layers",
-            f"{whole:.1f} s; plain loop {loop:.1f} s: {loop / whole:.1f}x",
-        )
+    yield (
+        f"extract 60 pairs ({tokens} tokens), all layers",
+        f"{whole:.1f} s; plain loop {loop:.1f} s: {loop / whole:.1f}x",
     )
 
     texts = [letter.texts(tokenizer, template, pair)[0] for pair in held_out[:8]]
@@ -95,12 +92,10 @@ def bench_kind(kind: str, repeats: int, plain: Any) -> list[tuple[str, str]]:
                 worst = max(worst, float((logprobs[position - 1, list(ids)] - found[index][s]).abs().max()))
         one = (time.perf_counter() - started) / (4 * len(sample))
         slow = one * len(texts) * len(settings)
-        rows.append(
-            (
-                f"sweep 30 layers x {len(multipliers)} multipliers, 8 items of {lengths[0]}-{lengths[-1]} tokens",
-                f"{fast:.1f} s; plain loop {slow:.0f} s (from {4 * len(sample)} of {len(texts) * len(settings)} runs): "
-                f"{slow / fast:.0f}x; largest difference {worst:.0e} in log-probability",
-            )
+        yield (
+            f"sweep 30 layers x {len(multipliers)} multipliers, 8 items of {lengths[0]}-{lengths[-1]} tokens",
+            f"{fast:.1f} s; plain loop {slow:.0f} s (from {4 * len(sample)} of {len(texts) * len(settings)} runs): "
+            f"{slow / fast:.0f}x; largest difference {worst:.0e} in log-probability",
         )
 
     prompts = list(caa.load_pairs("formality").open_prompts[:4])
@@ -112,9 +107,8 @@ def bench_kind(kind: str, repeats: int, plain: Any) -> list[tuple[str, str]]:
     with_vector, _ = median(steered, repeats)
     without, _ = median(lambda: caa.generate(model, prompts, max_new_tokens=24), repeats)
     measured = f"{with_vector:.1f} s; unsteered {without:.1f} s: {with_vector / without:.2f}x"
-    rows.append(("steered generation, 4 prompts x 24 tokens", measured))
-    rows.append(("peak memory of the process", f"{peak_megabytes():.0f} MB"))
-    return rows
+    yield ("steered generation, 4 prompts x 24 tokens", measured)
+    yield ("peak memory of the process", f"{peak_megabytes():.0f} MB")
 
 
 def main() -> None:
