@@ -9,16 +9,19 @@ with caa.steer(model, vectors[14]):
     print(caa.generate(model, "How was your weekend?"))
 """
 
+from caa_lens.activations import load_activations
 from caa_lens.directions import ablate, add, clamp, gate
 from caa_lens.errors import CaaLensError, CaaLensWarning, InputError, MissingError
-from caa_lens.experiments.sweep import SweepResult, score, sweep
-from caa_lens.extraction import extract, load_activations
+from caa_lens.experiments.result import SweepResult
+from caa_lens.experiments.sweep import score, sweep
+from caa_lens.extraction import extract
 from caa_lens.hooks import steering_hooks
 from caa_lens.models import load_model
 from caa_lens.pairs import ContrastPair, PairSet, behaviours, load_pairs
 from caa_lens.prompts import ChatTemplate, Llama2Base, Llama2Chat, Plain, Template
 from caa_lens.steering import generate, show_positions, steer
-from caa_lens.vector import Provenance, SteeringVector, VectorSet, load_vectors, normalize_across
+from caa_lens.storage import load_vectors
+from caa_lens.vector import Provenance, SteeringVector, VectorSet, normalize_across
 
 __version__ = "0.1.0"
 

@@ -10,24 +10,21 @@ Source: Rimsky et al., arXiv:2312.06681, section 3. `read="answer"` is their rea
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from caa_lens.activations import PairActivations, open_store, read_shard, write_shard
 from caa_lens.directions import Moments, control_weights
 from caa_lens.errors import InputError
-from caa_lens.files import atomic_path, digest
+from caa_lens.files import digest
 from caa_lens.hooks import template_for
 from caa_lens.models import (
     Model,
@@ -41,6 +38,7 @@ from caa_lens.models import (
     pad,
     run,
     tokenizer_of,
+    weight_basis,
 )
 from caa_lens.pairs import PairSet
 from caa_lens.positions import is_steered, known_prompts
@@ -48,20 +46,6 @@ from caa_lens.prompts import EncodedPair, Prompt, Template
 from caa_lens.vector import Provenance, SteeringVector, VectorSet
 
 Read = Literal["answer", "completion_mean", "last"] | int
-
-
-@dataclass(frozen=True)
-class PairActivations:
-    """Residual streams of a batch of pairs at the position read, fp32 on the CPU.
-
-    Attributes:
-        index: which pairs of the set these are.
-        positive, negative: `[pair, layer, d_model]`, layers in the order asked for.
-    """
-
-    index: tuple[int, ...]
-    positive: Float[Tensor, "pair layer d_model"]
-    negative: Float[Tensor, "pair layer d_model"]
 
 
 def extract(
@@ -121,6 +105,7 @@ class ExtractionPlan:
     read: Read
     template: Template
     info: ModelInfo
+    basis: str
     batches: tuple[tuple[int, ...], ...]
 
     @property
@@ -128,7 +113,7 @@ class ExtractionPlan:
         """Digest of everything that the activations depend on, and of how they are cut into batches."""
         name = self.info.name.rsplit("/", 1)[-1].lower()
         pairs = [[pair.prompt, pair.positive, pair.negative] for pair in self.pairs]
-        return digest([name, self.info.basis, pairs, self.layers, self.read, self.template.hash, self.batches])
+        return digest([name, self.basis, pairs, self.layers, self.read, self.template.hash, self.batches])
 
 
 def plan_extraction(
@@ -170,7 +155,7 @@ def plan_extraction(
     # Pairs of like length share a batch: less padding, and the same sums in whatever order the pairs came.
     order = sorted(range(len(pairs)), key=lambda i: (len(encoded[i].positive.ids), encoded[i].positive.ids))
     batches = tuple(tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size))
-    return ExtractionPlan(pairs, encoded, tuple(kept), read, chosen, info, batches)
+    return ExtractionPlan(pairs, encoded, tuple(kept), read, chosen, info, weight_basis(model), batches)
 
 
 def iterate_activations(
@@ -182,7 +167,7 @@ def iterate_activations(
     progress: bool = True,
 ) -> Iterator[PairActivations]:
     """Yields the activations of a plan batch by batch; what a store already holds is read, the rest is run and stored."""
-    folder = _open_store(Path(store), plan) if store is not None else None
+    folder = open_store(Path(store), plan.signature, _about(plan)) if store is not None else None
     # Cached pieces of a text are not what a surrounding steer() has to see to find its positions.
     reader = _Reader(model, plan, share_prefix and not is_steered(model))
     with (
@@ -192,13 +177,24 @@ def iterate_activations(
         for number, index in enumerate(plan.batches):
             shard = folder / f"shard-{number:05d}.safetensors" if folder else None
             if shard is not None and shard.exists():
-                batch = _read_shard(shard)
+                batch = read_shard(shard)
             else:
                 batch = reader.read(index)
                 if shard is not None:
-                    _write_shard(shard, batch)
+                    write_shard(shard, batch)
             yield batch
             bar.update(len(index))
+
+
+def _about(plan: ExtractionPlan) -> dict[str, Any]:
+    return {
+        "behaviour": plan.pairs.name,
+        "model": plan.info.name,
+        "layers": plan.layers,
+        "read": plan.read,
+        "n_pairs": len(plan.pairs),
+        "n_shards": len(plan.batches),
+    }
 
 
 class _Reader:
@@ -289,7 +285,7 @@ def _to_vectors(moments: Moments, plan: ExtractionPlan, control_names: Sequence[
         revision=plan.info.revision,
         n_layers=plan.info.n_layers,
         d_model=plan.info.d_model,
-        basis=plan.info.basis,
+        basis=plan.basis,
         expression=plan.pairs.name,
         n_pairs=len(plan.pairs),
         pairs_hash=plan.pairs.hash,
@@ -322,85 +318,3 @@ def _to_vectors(moments: Moments, plan: ExtractionPlan, control_names: Sequence[
     }
     result = vectors(moments.mean_difference, plan.pairs.name, raw=True)
     return VectorSet(list(result.values()), controls)
-
-
-# Stored activations ---------------------------------------------------------------------------------------------------
-
-
-def _open_store(folder: Path, plan: ExtractionPlan) -> Path:
-    about = folder / "about.json"
-    stored: Mapping[str, Any] = {}
-    if about.exists():
-        stored = json.loads(about.read_text(encoding="utf-8"))
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no stored activations; give a new folder.")
-    if stored and stored.get("signature") != plan.signature:
-        raise InputError(
-            f"{folder} holds activations of another extraction ({stored.get('behaviour')!r}, {stored.get('model')}); give "
-            "another folder, or delete this one."
-        )
-    entry = {
-        "signature": plan.signature,
-        "behaviour": plan.pairs.name,
-        "model": plan.info.name,
-        "layers": plan.layers,
-        "read": plan.read,
-        "n_pairs": len(plan.pairs),
-        "n_shards": len(plan.batches),
-    }
-    with atomic_path(about) as temporary:
-        temporary.write_text(json.dumps(entry, indent=1), encoding="utf-8")
-    return folder
-
-
-def _write_shard(path: Path, batch: PairActivations) -> None:
-    tensors = {
-        "index": torch.tensor(batch.index),
-        "positive": batch.positive.contiguous(),
-        "negative": batch.negative.contiguous(),
-    }
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary)
-
-
-def _read_shard(path: Path) -> PairActivations:
-    try:
-        with safe_open(path, framework="pt") as file:
-            index = tuple(file.get_tensor("index").tolist())
-            return PairActivations(index, file.get_tensor("positive"), file.get_tensor("negative"))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete this shard and extract again.") from error
-
-
-def load_activations(
-    store: str | os.PathLike[str], layer: int
-) -> tuple[Float[Tensor, "pair d_model"], Float[Tensor, "pair d_model"]]:
-    """Positive and negative activations of one layer, in the order of the pairs, from a store written by `extract`.
-
-    Only this layer is read from the files.
-
-    Raises:
-        InputError: there is no store, it is incomplete, or it has no such layer.
-    """
-    folder = Path(store)
-    try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"{folder} holds no stored activations ({error}); make them with extract(..., store=...)."
-        ) from error
-    if layer not in about["layers"]:
-        raise InputError(f"{folder} has the layers {about['layers']}, not {layer}.")
-    row = about["layers"].index(layer)
-    shards = sorted(folder.glob("shard-*.safetensors"))
-    if len(shards) != about["n_shards"]:
-        raise InputError(
-            f"{folder} holds {len(shards)} of {about['n_shards']} shards; run extract(..., store=...) again to finish it."
-        )
-    sides: dict[str, dict[int, Tensor]] = {"positive": {}, "negative": {}}
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            for side, found in sides.items():
-                found |= zip(file.get_tensor("index").tolist(), file.get_slice(side)[:, row], strict=True)
-    positive, negative = (torch.stack([found[i] for i in range(about["n_pairs"])]) for found in sides.values())
-    return positive, negative

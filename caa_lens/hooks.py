@@ -76,7 +76,6 @@ def steering_hook(
 ) -> Hook:
     """A `(hook_name, function)` that applies one vector where `mask(activations)` is true (None: everywhere)."""
     unsteered = not bool(vector.tensor.any())
-    per_row = isinstance(strength, Tensor)
     size: Strength = strength.reshape(-1, 1, 1).float() if isinstance(strength, Tensor) else strength
 
     @functools.lru_cache(maxsize=8)
@@ -87,13 +86,15 @@ def steering_hook(
         on = mask(activations)
         if unsteered:
             return None
-        if per_row and len(size) != len(activations):  # type: ignore[arg-type]
-            raise InputError(
-                f"strength has {len(size)} entries, one a row, but the batch has {len(activations)} rows; "  # type: ignore[arg-type]
-                "give one for each row that is run together."
-            )
-        at = direction(activations.device)
-        steered = operator(activations, at, size.to(at.device) if isinstance(size, Tensor) else size)
+        amount = size
+        if isinstance(amount, Tensor):
+            if len(amount) != len(activations):
+                raise InputError(
+                    f"strength has {len(amount)} entries, one a row, but the batch has {len(activations)} rows; give one "
+                    "for each row that is run together."
+                )
+            amount = amount.to(activations.device)
+        steered = operator(activations, direction(activations.device), amount)
         if on is None or bool(on.all()):
             return steered
         return torch.where(on.to(activations.device).unsqueeze(-1), steered, activations)

@@ -8,27 +8,20 @@ model's dtype and device where they are used.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from caa_lens.directions import random_like, rescale_to_mean_norm
 from caa_lens.errors import InputError, MissingError
-from caa_lens.files import atomic_path
 
 if TYPE_CHECKING:
     import pandas as pd
-
-FORMAT = "caa_lens.vectors"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -308,80 +301,10 @@ class VectorSet(Mapping[int, SteeringVector]):
         return pd.DataFrame([{name: getattr(v, name) for name in columns} for v in self.values()])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the package's own format: one safetensors file, whole or not at all.
+        """Writes the package's own format: one safetensors file, whole or not at all; `load_vectors` reads it."""
+        from caa_lens.storage import save_vectors
 
-        Tensors `layer.<l>` (fp32, `[d_model]`) and `control.<name>.layer.<l>`; the metadata holds the format version, the
-        site, the provenance and the norms as JSON.
-        """
-        tensors = {f"layer.{v.layer}": v.tensor.contiguous() for v in self.values()}
-        for name, control in self.controls.items():
-            tensors |= {f"control.{name}.layer.{v.layer}": v.tensor.contiguous() for v in control.values()}
-        metadata = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "site": "resid_post",
-            "provenance": asdict(self.provenance),
-            "residual_norms": {v.layer: v.residual_norm for v in self.values()},
-            "raw_norms": {v.layer: v.raw_norm for v in self.values()},
-        }
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"caa_lens": json.dumps(metadata)})
-
-
-def load_vectors(path: str | os.PathLike[str]) -> VectorSet:
-    """Reads a file written by `VectorSet.save`.
-
-    Raises:
-        InputError: the file cannot be read, is cut short, is of another kind or of a newer version; the message
-            names the file and what to do.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("caa_lens", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"{path} cannot be read as a vector file ({error}); it may be missing or cut short. Save it again with "
-            "VectorSet.save()."
-        ) from error
-    if metadata.get("format") != FORMAT:
-        raise InputError(
-            f"{path} is a safetensors file, but not one of steering vectors: its metadata has no 'caa_lens' entry of "
-            f"format {FORMAT!r}. Save vectors with VectorSet.save()."
-        )
-    if metadata.get("version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {metadata.get('version')!r}; this caa_lens reads version {FORMAT_VERSION}. "
-            "Install the caa_lens that wrote it, or extract the vectors again."
-        )
-    return _from_file(os.fspath(path), metadata, tensors)
-
-
-def _from_file(path: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> VectorSet:
-    try:
-        stored = dict(metadata["provenance"])
-        for key in ("prompt_digests", "normalized_across"):
-            stored[key] = tuple(stored[key])
-        provenance = Provenance(**stored)
-        by_group: dict[str, list[SteeringVector]] = {}
-        for name, tensor in tensors.items():
-            group, _, layer = name.rpartition("layer.")
-            own = not group
-            by_group.setdefault(group.removeprefix("control.").removesuffix("."), []).append(
-                SteeringVector(
-                    tensor,
-                    int(layer),
-                    provenance if own else replace(provenance, expression=f"{provenance.expression}, control"),
-                    residual_norm=metadata["residual_norms"][layer],
-                    raw_norm=metadata["raw_norms"][layer] if own else None,
-                )
-            )
-        vectors = by_group.pop("")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{path} is not a whole vector file ({error}); save it again with VectorSet.save()."
-        ) from error
-    return VectorSet(vectors, {name: VectorSet(group) for name, group in by_group.items()})
+        save_vectors(self, path)
 
 
 def normalize_across(sets: Mapping[str, VectorSet]) -> dict[str, VectorSet]:

@@ -119,7 +119,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         target.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("caa_lens.vector.save_file", full_disk)
+    monkeypatch.setattr("caa_lens.storage.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         caa.VectorSet([vector(seed=9)]).save(path)
     assert path.read_bytes() == before

@@ -43,6 +43,7 @@ __all__ = [
     "tokenizer_of",
     "use_fast_layout",
     "watch_inputs",
+    "weight_basis",
 ]
 
 
@@ -63,18 +64,13 @@ def host(model: Model) -> Host:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the method needs to know of a model.
-
-    `basis` is `"centred"` where each position's mean was removed from the residual stream (TransformerLens' centring of LayerNorm
-    models), `"folded"` where only norm weights were folded, which leaves the residual stream unchanged, else `"raw"`.
-    """
+    """What the method needs to know of a model."""
 
     name: str
     revision: str | None
     n_layers: int
     d_model: int
     n_ctx: int
-    basis: Basis
 
     def same_model(self, name: str) -> bool:
         """Whether a vector made on `name` belongs here: the names agree, organisation and case aside."""
@@ -82,10 +78,17 @@ class ModelInfo:
 
 
 def describe(model: Model) -> ModelInfo:
-    """Name, shape and weight basis of a model."""
-    basis = host(model).basis(model)
+    """Name and shape of a model."""
+    host(model)  # refuses what is no TransformerLens model
     name, revision = identity(model)
-    return ModelInfo(name, revision, model.cfg.n_layers, model.cfg.d_model, model.cfg.n_ctx, basis)
+    return ModelInfo(name, revision, model.cfg.n_layers, model.cfg.d_model, model.cfg.n_ctx)
+
+
+def weight_basis(model: Model) -> Basis:
+    """`"centred"` where each position's mean was removed from the residual stream (TransformerLens' centring of LayerNorm
+    models), `"folded"` where only norm weights were folded, which leaves the residual stream unchanged, else `"raw"`.
+    """
+    return host(model).basis(model)
 
 
 def tokenizer_of(model: Model) -> Any:
