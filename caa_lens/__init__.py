@@ -19,9 +19,10 @@ from caa_lens.hooks import steering_hooks
 from caa_lens.models import load_model
 from caa_lens.pairs import ContrastPair, PairSet, behaviours, load_pairs
 from caa_lens.prompts import ChatTemplate, Llama2Base, Llama2Chat, Plain, Template
+from caa_lens.provenance import Provenance
 from caa_lens.steering import generate, show_positions, steer
 from caa_lens.storage import load_vectors
-from caa_lens.vector import Provenance, SteeringVector, VectorSet, normalize_across
+from caa_lens.vector import SteeringVector, VectorSet, normalize_across
 
 __version__ = "0.1.0"
 

@@ -43,7 +43,8 @@ from caa_lens.models import (
 from caa_lens.pairs import PairSet
 from caa_lens.positions import is_steered, known_prompts
 from caa_lens.prompts import EncodedPair, Prompt, Template
-from caa_lens.vector import Provenance, SteeringVector, VectorSet
+from caa_lens.provenance import Provenance
+from caa_lens.vector import SteeringVector, VectorSet
 
 Read = Literal["answer", "completion_mean", "last"] | int
 

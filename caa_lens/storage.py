@@ -18,7 +18,8 @@ from torch import Tensor
 
 from caa_lens.errors import InputError
 from caa_lens.files import atomic_path
-from caa_lens.vector import Provenance, SteeringVector, VectorSet
+from caa_lens.provenance import Provenance
+from caa_lens.vector import SteeringVector, VectorSet
 
 FORMAT = "caa_lens.vectors"
 FORMAT_VERSION = 1
