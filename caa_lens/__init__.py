@@ -12,6 +12,7 @@ with caa.steer(model, vectors[14]):
 from caa_lens.activations import load_activations
 from caa_lens.directions import ablate, add, clamp, gate
 from caa_lens.errors import CaaLensError, CaaLensWarning, InputError, MissingError
+from caa_lens.experiments.controls import learning_curve
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.sweep import score, sweep
 from caa_lens.extraction import extract
@@ -46,6 +47,7 @@ __all__ = [
     "score",
     "sweep",
     "SweepResult",
+    "learning_curve",
     "add",
     "ablate",
     "clamp",

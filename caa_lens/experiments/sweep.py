@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -79,6 +79,7 @@ def sweep(
     multipliers: Sequence[float] = (-1.0, 0.0, 1.0),
     metric: MetricName | None = None,
     controls: bool | int = False,
+    others: Mapping[str, VectorSet] | None = None,
     **options: Any,
 ) -> SweepResult:
     """Scores pairs at every layer and multiplier, exactly, without running what does not depend on them again.
@@ -93,6 +94,7 @@ def sweep(
         metric: `"letter"`, `"letter_published"` or `"logprob"`; by default by the kind of the pairs.
         controls: also run norm-matched controls: a number of random directions (True: 3) and the label-shuffled, letter and
             letter-balanced vectors that `extract` made along.
+        others: further vectors to run beside, at the same norm: another behaviour's, by name.
         positions, operator, template: as in `steer`.
         batch_size: items run together; changes the speed only.
         seed: of the random controls and the bootstrap.
@@ -114,7 +116,7 @@ def sweep(
         raise InputError("an empty grid: give at least one multiplier.")
     pairs.require_disjoint(chosen.provenance.prompt_digests)
     seed = int(options.get("seed", 0))
-    named = with_controls(chosen, n_random=3 if controls is True else int(controls), seed=seed)
+    named = with_controls(chosen, n_random=3 if controls is True else int(controls), seed=seed, others=others)
     settings = [
         Setting(name, layer, float(m), m * group[layer] if m else None)
         for name, group in named.items()
