@@ -144,11 +144,7 @@ def plan_extraction(
     encoded = tuple(chosen.encode_pair(tokenizer, pair) for pair in pairs)
     for pair, both in zip(pairs, encoded, strict=True):
         for side in (both.positive, both.negative):
-            if len(side.ids) > info.n_ctx:
-                raise InputError(
-                    f"{pair.origin or pair.prompt[:60]!r}: {len(side.ids)} tokens exceed the context of {info.n_ctx} tokens "
-                    f"of {info.name}; shorten or remove the pair."
-                )
+            info.require_room(pair, len(side.ids))
             if isinstance(read, int) and not -len(side.ids) <= read < len(side.ids):
                 raise InputError(
                     f"{pair.origin or pair.prompt[:60]!r}: read={read} lies outside its {len(side.ids)} tokens."
@@ -206,10 +202,10 @@ class _Reader:
         self.pad_id = tokenizer_of(model).pad_token_id or 0
         self.stop = plan.layers[-1] + 1
         sides = [side.ids for pair in plan.encoded for side in (pair.positive, pair.negative)]
-        reads = [
-            _positions_read(plan.read, pair, side) for pair in plan.encoded for side in (pair.positive, pair.negative)
+        self.spans = [
+            [_positions_read(plan.read, pair, side) for side in (pair.positive, pair.negative)] for pair in plan.encoded
         ]
-        first_read = min(span.start for span in reads)
+        first_read = min(span.start for both in self.spans for span in both)
         self.head_length = _common_length(sides, limit=first_read) if share_prefix else 0
         self.share_prefix = share_prefix
         self.head: Prefix | None = None
@@ -225,9 +221,7 @@ class _Reader:
     def read(self, index: Sequence[int]) -> PairActivations:
         pairs = [self.plan.encoded[i] for i in index]
         sides = [side for pair in pairs for side in (pair.positive, pair.negative)]
-        spans = [
-            _positions_read(self.plan.read, pair, side) for pair in pairs for side in (pair.positive, pair.negative)
-        ]
+        spans = [span for i in index for span in self.spans[i]]
         with known_prompts([side.instruction_end for side in sides]):
             if not self.share_prefix:
                 past, starts = None, [0] * len(sides)

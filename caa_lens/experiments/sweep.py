@@ -165,12 +165,7 @@ def _run(
     info, tokenizer, chosen = describe(model), tokenizer_of(model), template_for(model, template)
     items = [metric.texts(tokenizer, chosen, pair) for pair in pairs]
     for pair, texts in zip(pairs, items, strict=True):
-        longest = max(text.targets[-1][0] for text in texts)
-        if longest > info.n_ctx:
-            raise InputError(
-                f"{pair.origin or pair.prompt[:60]!r}: {longest} tokens exceed the context of {info.n_ctx} tokens of "
-                f"{info.name}; shorten or remove the pair."
-            )
+        info.require_room(pair, max(text.targets[-1][0] for text in texts))
     made = {
         "model": info.name,
         "revision": info.revision,

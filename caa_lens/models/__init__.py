@@ -22,6 +22,7 @@ from caa_lens.models import bridge, hooked
 from caa_lens.models.base import Basis, Branch, Hook, Host, Inputs, Model, Prefix, resid_post
 from caa_lens.models.hooked import use_fast_layout
 from caa_lens.models.loading import identity, load_model
+from caa_lens.pairs import ContrastPair
 
 __all__ = [
     "Branch",
@@ -75,6 +76,18 @@ class ModelInfo:
     def same_model(self, name: str) -> bool:
         """Whether a vector made on `name` belongs here: the names agree, organisation and case aside."""
         return self.name.rsplit("/", 1)[-1].lower() == name.rsplit("/", 1)[-1].lower()
+
+    def require_room(self, pair: ContrastPair, n_tokens: int) -> None:
+        """Refuses a pair that the context cannot hold.
+
+        Raises:
+            InputError: names the pair, its length and the context's.
+        """
+        if n_tokens > self.n_ctx:
+            raise InputError(
+                f"{pair.origin or pair.prompt[:60]!r}: {n_tokens} tokens exceed the context of {self.n_ctx} tokens of "
+                f"{self.name}; shorten or remove the pair."
+            )
 
 
 def describe(model: Model) -> ModelInfo:
