@@ -178,7 +178,7 @@ def test_branches_share_what_lies_below_their_layer():
     tokens, mask = pad([[1, 2, 3], [4, 5]], side="right", pad_id=0, device=torch.device("cpu"))
     branches = [Branch(layer, lambda x: x + 1) for layer in (0, 0, 1)]
     with torch.no_grad():
-        run_branches(model, tokens, mask, branches, lambda logits: logits)
+        run_branches(model, tokens, mask, branches, lambda logits: logits, at=torch.zeros(2, 1, dtype=torch.long))
     assert rows == [2, 6, 8]
     assert hooked.basis(model) == "raw"
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from caa_lens.directions import Operator, add
@@ -102,9 +103,9 @@ class _Runner:
         on = torch.zeros(mask.shape, dtype=torch.bool)
         for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
             on[row, : len(rows[row])] = self.steered(text)[start : start + len(rows[row])]
-        readout = _readout(texts, starts, self.device)
+        at, readout = _reads(texts, starts, self.device)
         branches = [self._branch(vector, on.to(self.device)) for vector in self.vectors]
-        found = self._in_chunks(tokens, mask, past, branches, readout)  # one [text, target] tensor a branch
+        found = self._in_chunks(tokens, mask, past, branches, at, readout)  # one [text, target] tensor a branch
         counts = [sum(len(ids) for _, ids in text.targets) for text in texts]
         whole = torch.stack(found)
         return [whole[:, row, :count] for row, count in enumerate(counts)]
@@ -136,6 +137,7 @@ class _Runner:
         mask: Tensor,
         past: Prefix | None,
         branches: Sequence[Branch],
+        at: Tensor,
         readout: Callable[[Tensor], Tensor],
     ) -> list[Tensor]:
         found: list[Tensor] = []
@@ -143,7 +145,7 @@ class _Runner:
             size = max(1, self.branch_tokens // tokens.numel())
             chunk = branches[len(found) : len(found) + size]
             try:
-                found += run_branches(self.model, tokens, mask, chunk, readout, past=past)
+                found += run_branches(self.model, tokens, mask, chunk, readout, at=at, past=past)
             except (torch.OutOfMemoryError, MemoryError):
                 if len(chunk) == 1:
                     raise
@@ -151,20 +153,25 @@ class _Runner:
         return found
 
 
-def _readout(texts: Sequence[Text], starts: Sequence[int], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """From logits [text, pos, d_vocab] to the log-probabilities of the targets, [text, target], padded with zeros."""
-    where = [
-        [(position - 1 - start, token) for position, ids in text.targets for token in ids]
-        for text, start in zip(texts, starts, strict=True)
+def _reads(
+    texts: Sequence[Text], starts: Sequence[int], device: torch.device
+) -> tuple[Int[Tensor, "text read"], Callable[[Tensor], Tensor]]:
+    """Where logits are wanted, and what makes log-probabilities of the targets, `[text, target]`, of them; padded with zeros."""
+    columns = [
+        [position - 1 - start for position, _ in text.targets] for text, start in zip(texts, starts, strict=True)
     ]
-    width = max(len(row) for row in where)
-    flat = torch.tensor([row + [(0, 0)] * (width - len(row)) for row in where], device=device)
-    columns, ids = flat[..., 0], flat[..., 1]
+    asked = [[(read, token) for read, (_, ids) in enumerate(text.targets) for token in ids] for text in texts]
+    at = _padded(columns, 0, device)
+    reads, ids = _padded(asked, (0, 0), device).unbind(-1)
     row = torch.arange(len(texts), device=device).unsqueeze(1)
 
-    def read(logits: Tensor) -> Tensor:
+    def readout(logits: Tensor) -> Tensor:
         logits = logits.float()
-        total = logits.logsumexp(-1)
-        return (logits[row, columns, ids] - total[row, columns]).cpu()
+        return (logits[row, reads, ids] - logits.logsumexp(-1)[row, reads]).cpu()
 
-    return read
+    return at, readout
+
+
+def _padded(rows: Sequence[Sequence[Any]], filler: Any, device: torch.device) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=device)

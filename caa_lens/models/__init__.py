@@ -172,8 +172,9 @@ def run_branches(
     tokens: Int[Tensor, "batch pos"],
     mask: Int[Tensor, "batch pos"],
     branches: Sequence[Branch],
-    readout: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
+    readout: Callable[[Float[Tensor, "batch read d_vocab"]], Tensor],
     *,
+    at: Int[Tensor, "batch read"],
     past: Prefix | None = None,
 ) -> list[Tensor]:
     """Many variants of one forward pass at once, each changing `resid_post` of its own layer; equal to running each alone.
@@ -181,12 +182,13 @@ def run_branches(
     Args:
         tokens, mask, past: as in `run`; `past` holds what no branch changes, and is left as it is.
         branches: the variants.
-        readout: what to keep of one branch's logits `[batch, pos, d_vocab]`.
+        readout: what to keep of one branch's logits `[batch, read, d_vocab]`.
+        at: each row's positions (columns of `tokens`) whose logits `readout` gets.
 
     Returns:
         One readout a branch, in their order.
     """
-    return host(model).run_branches(model, tokens, mask, past, branches, readout)
+    return host(model).run_branches(model, tokens, mask, past, branches, readout, at)
 
 
 @contextmanager

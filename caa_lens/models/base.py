@@ -83,7 +83,8 @@ class Host(Protocol):
         mask: Int[Tensor, "batch pos"],
         past: Prefix | None,
         branches: Sequence[Branch],
-        readout: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
+        readout: Callable[[Float[Tensor, "batch read d_vocab"]], Tensor],
+        at: Int[Tensor, "batch read"],
     ) -> list[Tensor]: ...
 
     def basis(self, model: Model) -> Basis: ...
@@ -100,6 +101,11 @@ def is_centred(embedding: Float[Tensor, "d_vocab d_model"]) -> bool:
 def resid_post(layer: int) -> str:
     """TransformerLens' name of the output of block `layer`."""
     return f"blocks.{layer}.hook_resid_post"
+
+
+def select_positions(x: Float[Tensor, "batch pos d"], at: Int[Tensor, "batch read"]) -> Float[Tensor, "batch read d"]:
+    """Each row's own positions."""
+    return x.gather(1, at.to(x.device).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def whole_mask(mask: Int[Tensor, "batch pos"], past: Prefix | None) -> Int[Tensor, "batch all"]:

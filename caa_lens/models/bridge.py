@@ -10,7 +10,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from caa_lens.models.base import Basis, Branch, Hook, Inputs, Model, Prefix, is_centred, resid_post, whole_mask
+from caa_lens.models.base import (
+    Basis,
+    Branch,
+    Hook,
+    Inputs,
+    Model,
+    Prefix,
+    is_centred,
+    resid_post,
+    select_positions,
+    whole_mask,
+)
 
 
 def basis(model: Model) -> Basis:
@@ -56,7 +67,8 @@ def run_branches(
     mask: Int[Tensor, "batch pos"],
     past: Prefix | None,
     branches: Sequence[Branch],
-    readout: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
+    readout: Callable[[Float[Tensor, "batch read d_vocab"]], Tensor],
+    at: Int[Tensor, "batch read"],
 ) -> list[Tensor]:
     """Every branch as a copy of the batch's rows; a layer's hook changes the rows of its own branches."""
     batch, length = tokens.shape
@@ -79,7 +91,7 @@ def run_branches(
     with model.hooks(fwd_hooks=[branch_at(layer, numbers) for layer, numbers in at_layer.items()]):
         logits, _ = run(model, tokens[index], mask[index], past.rows(index) if past else None, False, length, None)
     assert logits is not None
-    return [readout(part) for part in logits.split(batch)]
+    return [readout(select_positions(part, at)) for part in logits.split(batch)]
 
 
 def watch(model: Model, watcher: Callable[[Inputs], None]) -> list[Any]:

@@ -10,7 +10,10 @@ import transformer_lens
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from caa_lens.models.base import Basis, Branch, Inputs, Model, Prefix, is_centred, whole_mask
+from caa_lens.models.base import Basis, Branch, Inputs, Model, Prefix, is_centred, select_positions, whole_mask
+
+LOGITS = 2**24
+"""Numbers in the largest tensor of logits that branches make together."""
 
 
 def basis(model: Model) -> Basis:
@@ -57,7 +60,8 @@ def run_branches(
     mask: Int[Tensor, "batch pos"],
     past: Prefix | None,
     branches: Sequence[Branch],
-    readout: Callable[[Float[Tensor, "batch pos d_vocab"]], Tensor],
+    readout: Callable[[Float[Tensor, "batch read d_vocab"]], Tensor],
+    at: Int[Tensor, "batch read"],
 ) -> list[Tensor]:
     """Every branch in one pass over the blocks: a branch's rows join the batch behind its own layer.
 
@@ -80,11 +84,16 @@ def run_branches(
         joining = [number for number, branch in enumerate(branches) if branch.layer == layer]
         stream = torch.cat([stream, *(branches[number].change(stream[:batch]) for number in joining)])
         rows += joining
-    parts = stream.split(batch)
-    # One branch's logits at a time: those of all of them would be the largest tensor by far.
-    found = {None: readout(unembed(model, parts[0]))} if any(b.layer is None for b in branches) else {}
-    steered = {number: readout(unembed(model, part)) for number, part in zip(rows, parts[1:], strict=True)}
-    return [found[None] if branch.layer is None else steered[number] for number, branch in enumerate(branches)]
+    read = [select_positions(part, at) for part in stream.split(batch)]
+    # A few branches' logits at a time: those of all of them would be the largest tensor by far.
+    together = max(1, LOGITS // (at.numel() * model.cfg.d_vocab))
+    logits = (
+        part
+        for first in range(0, len(read), together)
+        for part in unembed(model, torch.cat(read[first : first + together])).split(batch)
+    )
+    found = dict(zip([None, *rows], map(readout, logits), strict=True))
+    return [found[None if branch.layer is None else number] for number, branch in enumerate(branches)]
 
 
 def _repeated(entry: Any, copies: int) -> Any:
