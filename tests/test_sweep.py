@@ -52,11 +52,11 @@ def test_out_of_memory_halves_the_chunk_and_gives_the_same(model, vectors, held_
     expected = caa.sweep(model, vectors, held_out[:1], multipliers=(-1, 1), progress=False).items
     sizes, branches = [], grid.run_branches
 
-    def small_memory(model, tokens, mask, chunk, readout, *, past=None):
+    def small_memory(model, tokens, mask, chunk, readout, **options):
         sizes.append(len(chunk))
         if len(chunk) > 2:
             raise torch.OutOfMemoryError("too much")
-        return branches(model, tokens, mask, chunk, readout, past=past)
+        return branches(model, tokens, mask, chunk, readout, **options)
 
     monkeypatch.setattr(grid, "run_branches", small_memory)
     found = caa.sweep(model, vectors, held_out[:1], multipliers=(-1, 1), progress=False).items
