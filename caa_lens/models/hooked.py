@@ -10,6 +10,7 @@ import transformer_lens
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from caa_lens.models import shared_prefix
 from caa_lens.models.base import Basis, Branch, Inputs, Model, Prefix, is_centred, select_positions, whole_mask
 
 LOGITS = 2**24
@@ -75,12 +76,12 @@ def run_branches(
     whole = whole_mask(mask, past)
     rows: list[int] = []  # branches in the batch, in order; the unsteered stream comes first
     for layer, block in enumerate(model.blocks):
-        copies = len(rows) + 1
-        stream = block(
-            stream.to(next(block.parameters()).device),
-            past_kv_cache_entry=_repeated(cache[layer], copies) if cache is not None else None,
-            attention_mask=whole.repeat(copies, 1),
-        )
+        entry, seen = (cache[layer] if cache is not None else None), whole
+        stream = stream.to(next(block.parameters()).device)
+        sharing = shared_prefix.block_for(block) if entry is not None else None
+        if sharing is None:
+            entry, seen = _repeated(entry, len(rows) + 1), whole.repeat(len(rows) + 1, 1)
+        stream = (sharing or block)(stream, past_kv_cache_entry=entry, attention_mask=seen)
         joining = [number for number, branch in enumerate(branches) if branch.layer == layer]
         stream = torch.cat([stream, *(branches[number].change(stream[:batch]) for number in joining)])
         rows += joining
@@ -96,7 +97,9 @@ def run_branches(
     return [found[None if branch.layer is None else number] for number, branch in enumerate(branches)]
 
 
-def _repeated(entry: Any, copies: int) -> Any:
+def _repeated(entry: Any | None, copies: int) -> Any | None:
+    if entry is None:
+        return None
     repeated = type(entry)(
         past_keys=entry.past_keys.repeat(copies, 1, 1, 1), past_values=entry.past_values.repeat(copies, 1, 1, 1)
     )
