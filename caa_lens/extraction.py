@@ -29,7 +29,6 @@ from caa_lens.hooks import template_for
 from caa_lens.models import (
     Model,
     ModelInfo,
-    Prefix,
     capture_hooks,
     check_layers,
     describe,
@@ -42,6 +41,7 @@ from caa_lens.models import (
 )
 from caa_lens.pairs import PairSet
 from caa_lens.positions import is_steered, known_prompts
+from caa_lens.prefixes import PrefixRunner, common_head
 from caa_lens.prompts import EncodedPair, Prompt, Template
 from caa_lens.provenance import Provenance
 from caa_lens.vector import SteeringVector, VectorSet
@@ -206,9 +206,7 @@ class _Reader:
             [_positions_read(plan.read, pair, side) for side in (pair.positive, pair.negative)] for pair in plan.encoded
         ]
         first_read = min(span.start for both in self.spans for span in both)
-        self.head_length = _common_length(sides, limit=first_read) if share_prefix else 0
-        self.share_prefix = share_prefix
-        self.head: Prefix | None = None
+        self.prefixes = PrefixRunner(model, common_head(sides, limit=first_read)) if share_prefix else None
         self.weights: Tensor | None = None  # [row, pos]: what each column counts for in the row's reading
         self.found: dict[int, Tensor] = {}
 
@@ -223,10 +221,12 @@ class _Reader:
         sides = [side for pair in pairs for side in (pair.positive, pair.negative)]
         spans = [span for i in index for span in self.spans[i]]
         with known_prompts([side.instruction_end for side in sides]):
-            if not self.share_prefix:
-                past, starts = None, [0] * len(sides)
-            else:
-                past, starts = self._prefix(pairs, spans)
+            starts = [0] * len(sides)
+            past = None
+            if self.prefixes is not None:
+                shared = [min(pair.answer, spans[2 * i].start, spans[2 * i + 1].start) for i, pair in enumerate(pairs)]
+                starts = [length for length in shared for _ in range(2)]
+                past = self.prefixes.run([side.ids[:start] for side, start in zip(sides, starts, strict=True)])
             rows = [side.ids[start : span.stop] for side, start, span in zip(sides, starts, spans, strict=True)]
             tokens, mask = pad(rows, side="right", pad_id=self.pad_id, device=self.device)
             self.weights = torch.zeros(mask.shape)
@@ -237,27 +237,6 @@ class _Reader:
         read = torch.stack([self.found.pop(layer) for layer in self.plan.layers], 1)
         return PairActivations(tuple(index), read[0::2], read[1::2])
 
-    def _prefix(self, pairs: Sequence[EncodedPair], spans: Sequence[range]) -> tuple[Prefix | None, list[int]]:
-        """The KV cache of each pair's shared tokens, two rows a pair, and how many tokens of each row it holds."""
-        shared = [min(pair.answer, spans[2 * i].start, spans[2 * i + 1].start) for i, pair in enumerate(pairs)]
-        starts = [length for length in shared for _ in range(2)]
-        if self.head is None and self.head_length:
-            # Of the whole set, so that the same head serves every batch.
-            ids = self.plan.encoded[0].positive.ids[: self.head_length]
-            tokens, mask = pad([ids], side="right", pad_id=self.pad_id, device=self.device)
-            _, self.head = run(self.model, tokens, mask, grow=True)
-        past = self.head
-        twice = torch.arange(len(pairs), device=self.device).repeat_interleave(2)
-        rows = [pair.positive.ids[self.head_length : length] for pair, length in zip(pairs, shared, strict=True)]
-        if any(rows):
-            if past is not None:
-                past = past.rows(torch.zeros(len(pairs), dtype=torch.long, device=self.device))
-            tokens, mask = pad(rows, side="right", pad_id=self.pad_id, device=self.device)
-            _, past = run(self.model, tokens, mask, past=past, grow=True)
-            assert past is not None
-            return past.rows(twice), starts
-        return (past.rows(torch.zeros_like(twice)) if past is not None else None), starts
-
 
 def _positions_read(read: Read, pair: EncodedPair, side: Prompt) -> range:
     """The token indices whose mean is read, of one side."""
@@ -265,13 +244,6 @@ def _positions_read(read: Read, pair: EncodedPair, side: Prompt) -> range:
         return range(side.completion_start, len(side.ids))
     position = pair.answer if read == "answer" else (-1 if read == "last" else read) % len(side.ids)
     return range(position, position + 1)
-
-
-def _common_length(rows: Sequence[tuple[int, ...]], *, limit: int) -> int:
-    """How many leading ids all rows share, at most `limit`."""
-    first, last = min(rows), max(rows)  # the rows that differ earliest
-    same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return min(limit, next(same, min(len(first), len(last))))
 
 
 def _to_vectors(moments: Moments, plan: ExtractionPlan, control_names: Sequence[str]) -> VectorSet:

@@ -69,11 +69,11 @@ def test_interrupted_and_resumed_is_uninterrupted(model, vectors, held_out, tmp_
     expected = caa.sweep(model, vectors, held_out, batch_size=2, progress=False).items
     count, run = [0], grid._Runner.run
 
-    def dying(self, texts, starts):
+    def dying(self, index):
         count[0] += 1
         if count[0] == 3:
             raise KeyboardInterrupt
-        return run(self, texts, starts)
+        return run(self, index)
 
     monkeypatch.setattr(grid._Runner, "run", dying)
     with pytest.raises(KeyboardInterrupt):

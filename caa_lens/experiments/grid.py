@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from caa_lens.directions import Operator, add
-from caa_lens.models import Branch, Model, Prefix, device_of, pad, run, run_branches, tokenizer_of
+from caa_lens.models import Branch, Model, Prefix, device_of, pad, run_branches, tokenizer_of
 from caa_lens.positions import Positions, row_mask
+from caa_lens.prefixes import PrefixRunner, common_head
 from caa_lens.vector import SteeringVector
 
 BRANCH_TOKENS = 4096
@@ -60,29 +61,35 @@ def grid_logprobs(
         positions, operator, strength: as in `steer`.
         batch_size: texts run together; memory is bounded by it and by `BRANCH_TOKENS`, results do not depend on it.
     """
-    runner = _Runner(model, vectors, positions, operator, strength)
-    steer_from = [runner.first_steered(text) for text in texts]
-    order = sorted(range(len(texts)), key=lambda i: (texts[i].targets[-1][0] - steer_from[i], len(texts[i].ids)))
+    runner = _Runner(model, texts, vectors, positions, operator, strength)
+    order = sorted(range(len(texts)), key=runner.length)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        found = runner.run([texts[i] for i in chosen], [steer_from[i] for i in chosen])
-        yield from zip(chosen, found, strict=True)
+        yield from zip(chosen, runner.run(chosen), strict=True)
 
 
 class _Runner:
     def __init__(
         self,
         model: Model,
+        texts: Sequence[Text],
         vectors: Sequence[SteeringVector | None],
         positions: Positions,
         operator: Operator,
         strength: float,
     ) -> None:
-        self.model, self.vectors, self.device = model, vectors, device_of(model)
+        self.model, self.texts, self.vectors, self.device = model, texts, vectors, device_of(model)
         self.positions, self.operator, self.strength = positions, operator, strength
         self.pad_id = tokenizer_of(model).pad_token_id or 0
         self.branch_tokens = BRANCH_TOKENS
-        self._prefix_key: tuple[tuple[int, ...], ...] | None = None
+        self.starts = [self.first_steered(text) for text in texts]
+        head = common_head([text.ids for text in texts], limit=min(self.starts)) if texts else ()
+        self.prefixes = PrefixRunner(model, head)
+
+    def length(self, index: int) -> tuple[int, int]:
+        """Tokens of a text that every branch runs, and all of them: texts alike in both are run together."""
+        text = self.texts[index]
+        return text.targets[-1][0] - self.starts[index], len(text.ids)
 
     def steered(self, text: Text) -> Tensor:
         end = text.instruction_end
@@ -95,8 +102,9 @@ class _Runner:
         return min(int(on[0]) if len(on) else first_read, first_read)
 
     @torch.no_grad()
-    def run(self, texts: Sequence[Text], starts: Sequence[int]) -> list[Tensor]:
-        past = self._prefix([text.ids[:start] for text, start in zip(texts, starts, strict=True)])
+    def run(self, index: Sequence[int]) -> list[Tensor]:
+        texts, starts = [self.texts[i] for i in index], [self.starts[i] for i in index]
+        past = self.prefixes.run([text.ids[:start] for text, start in zip(texts, starts, strict=True)])
         # The last target's own token is predicted, not run.
         rows = [text.ids[start : text.targets[-1][0]] for text, start in zip(texts, starts, strict=True)]
         tokens, mask = pad(rows, side="right", pad_id=self.pad_id, device=self.device)
@@ -109,17 +117,6 @@ class _Runner:
         counts = [sum(len(ids) for _, ids in text.targets) for text in texts]
         whole = torch.stack(found)
         return [whole[:, row, :count] for row, count in enumerate(counts)]
-
-    def _prefix(self, prefixes: Sequence[tuple[int, ...]]) -> Prefix | None:
-        if not any(prefixes):
-            return None
-        # Both sides of a pair, and all pairs of a prompt, share their prefix: run each distinct one once.
-        distinct = sorted(set(prefixes))
-        tokens, mask = pad(distinct, side="right", pad_id=self.pad_id, device=self.device)
-        _, past = run(self.model, tokens, mask, grow=True)
-        assert past is not None
-        index = [distinct.index(prefix) for prefix in prefixes]
-        return past if index == list(range(len(distinct))) else past.rows(torch.tensor(index, device=self.device))
 
     def _branch(self, vector: SteeringVector | None, on: Tensor) -> Branch:
         if vector is None or not bool(vector.tensor.any()):
