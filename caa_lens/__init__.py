@@ -19,6 +19,7 @@ from caa_lens.extraction import extract
 from caa_lens.hooks import steering_hooks
 from caa_lens.models import load_model
 from caa_lens.pairs import ContrastPair, PairSet, behaviours, load_pairs
+from caa_lens.patching import PatchResult, patch
 from caa_lens.prompts import ChatTemplate, Llama2Base, Llama2Chat, Plain, Template
 from caa_lens.provenance import Provenance
 from caa_lens.steering import generate, show_positions, steer
@@ -48,6 +49,8 @@ __all__ = [
     "sweep",
     "SweepResult",
     "learning_curve",
+    "patch",
+    "PatchResult",
     "add",
     "ablate",
     "clamp",
