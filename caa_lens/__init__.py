@@ -17,6 +17,7 @@ from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.sweep import score, sweep
 from caa_lens.extraction import extract
 from caa_lens.hooks import steering_hooks
+from caa_lens.logits import logit_attribution, logit_lens
 from caa_lens.models import load_model
 from caa_lens.pairs import ContrastPair, PairSet, behaviours, load_pairs
 from caa_lens.patching import PatchResult, patch
@@ -51,6 +52,8 @@ __all__ = [
     "learning_curve",
     "patch",
     "PatchResult",
+    "logit_attribution",
+    "logit_lens",
     "add",
     "ablate",
     "clamp",
