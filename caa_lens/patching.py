@@ -105,7 +105,7 @@ class PatchResult:
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """Heat map of layers and positions: the normalised effect, or the effect in logits where a vector was the source."""
-        from caa_lens.plots import plot_heatmap
+        from caa_lens.plots_geometry import plot_heatmap
 
         values, label = (
             (self.effect, "effect on the logit difference (logits)")
