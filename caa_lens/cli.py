@@ -126,10 +126,25 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--metric", choices=("letter", "letter_published", "logprob"), help="default: by the pairs")
         added.add_argument("--multipliers", type=float, nargs="+", default=[-1.0, 0.0, 1.0], help="default -1 0 1")
         added.add_argument(
+            "--others",
+            type=_named_file,
+            nargs="+",
+            metavar="NAME=FILE",
+            default=[],
+            help="other behaviours' vectors, run beside at the same norm as controls",
+        )
+        added.add_argument(
             "--store", type=Path, help="folder that keeps finished items; an interrupted run goes on there"
         )
         added.add_argument("--save", type=Path, help="write the items' table: .parquet, .json or .csv")
     return parser
+
+
+def _named_file(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FILE (sentiment=out/sentiment.safetensors)")
+    return name, file
 
 
 def _load(arguments: Any) -> Any:
@@ -174,27 +189,18 @@ def _generate(arguments: Any) -> None:
 
 def _score(arguments: Any) -> None:
     _, held_out = _split(arguments)
-    v = caa.load_vectors(arguments.vectors)
-    model = _load(arguments)
-    _measure(arguments, model, v, held_out, layers=[arguments.layer], controls=True)
+    _measure(arguments, held_out, layers=[arguments.layer], controls=True)
 
 
 def _sweep(arguments: Any) -> None:
     _, held_out = _split(arguments)
+    _measure(arguments, held_out, layers=arguments.layers, controls=arguments.controls)
+
+
+def _measure(arguments: Any, held_out: caa.PairSet, *, layers: Sequence[int] | None, controls: bool) -> None:
     vectors = caa.load_vectors(arguments.vectors)
+    others = {name: caa.load_vectors(file) for name, file in arguments.others}
     model = _load(arguments)
-    _measure(arguments, model, vectors, held_out, layers=arguments.layers, controls=arguments.controls)
-
-
-def _measure(
-    arguments: Any,
-    model: Any,
-    vectors: caa.VectorSet,
-    held_out: caa.PairSet,
-    *,
-    layers: Sequence[int] | None,
-    controls: bool,
-) -> None:
     result = caa.sweep(
         model,
         vectors,
@@ -203,6 +209,7 @@ def _measure(
         multipliers=arguments.multipliers,
         metric=arguments.metric,
         controls=controls,
+        others=others,
         positions=arguments.positions,
         seed=arguments.seed,
         store=arguments.store,

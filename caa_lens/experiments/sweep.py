@@ -93,7 +93,7 @@ def sweep(
         multipliers: at least one; 0 is the unsteered model, computed once.
         metric: `"letter"`, `"letter_published"` or `"logprob"`; by default by the kind of the pairs.
         controls: also run norm-matched controls: a number of random directions (True: 3) and the label-shuffled, letter and
-            letter-balanced vectors that `extract` made along.
+            letter-balanced vectors that the vectors carry from `extract`.
         others: further vectors to run beside, at the same norm: another behaviour's, by name.
         positions, operator, template: as in `steer`.
         batch_size: items run together; changes the speed only.
@@ -131,13 +131,8 @@ def _at_layers(model: Model, vectors: VectorSet | SteeringVector, layers: Sequen
     if layers is not None:
         layers = check_layers(model, list(layers))
     if isinstance(vectors, SteeringVector):
-        return VectorSet(
-            [vectors.at_layer(layer) if layer != vectors.layer else vectors for layer in layers or [vectors.layer]]
-        )
-    if layers is None:
-        return vectors
-    controls = {name: VectorSet([group[layer] for layer in layers]) for name, group in vectors.controls.items()}
-    return VectorSet([vectors[layer] for layer in layers], controls)
+        return VectorSet([vectors.at_layer(layer) for layer in layers or [vectors.layer]])
+    return vectors if layers is None else VectorSet([vectors[layer] for layer in layers])
 
 
 def _run(
