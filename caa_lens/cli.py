@@ -126,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--metric", choices=("letter", "letter_published", "logprob"), help="default: by the pairs")
         added.add_argument("--multipliers", type=float, nargs="+", default=[-1.0, 0.0, 1.0], help="default -1 0 1")
         added.add_argument(
+            "--systems", action="store_true", help="also with the behaviour's positive and negative system prompts"
+        )
+        added.add_argument(
             "--others",
             type=_named_file,
             nargs="+",
@@ -199,6 +202,7 @@ def _sweep(arguments: Any) -> None:
 
 def _measure(arguments: Any, held_out: caa.PairSet, *, layers: Sequence[int] | None, controls: bool) -> None:
     vectors = caa.load_vectors(arguments.vectors)
+    systems = held_out.system_prompts if arguments.systems else None
     others = {name: caa.load_vectors(file) for name, file in arguments.others}
     model = _load(arguments)
     result = caa.sweep(
@@ -210,6 +214,7 @@ def _measure(arguments: Any, held_out: caa.PairSet, *, layers: Sequence[int] | N
         metric=arguments.metric,
         controls=controls,
         others=others,
+        systems=systems,
         positions=arguments.positions,
         seed=arguments.seed,
         store=arguments.store,
@@ -280,7 +285,7 @@ def _norm_table(vectors: caa.VectorSet) -> Table:
 
 
 def _score_table(result: caa.SweepResult) -> Table:
-    """One row a vector and layer, one column a multiplier: the mean, and below it the 95% interval."""
+    """One row a system prompt, vector and layer, one column a multiplier: the mean, and below it the 95% interval."""
     summary = result.to_pandas()
     multipliers = sorted(summary["multiplier"].unique())
     layers = summary["layer"].unique()
@@ -290,12 +295,14 @@ def _score_table(result: caa.SweepResult) -> Table:
     table.add_column("vector", no_wrap=True)
     for multiplier in multipliers:
         table.add_column(_signed(multiplier), justify="center", no_wrap=True)
-    for (vector, layer), group in summary.groupby(["vector", "layer"], sort=False):
+    axes = [axis for axis in ("system", "vector", "layer") if axis in summary]
+    for place, group in summary.groupby(axes, sort=False):
+        *names, layer = place
         cells = []
         for _, row in group.sort_values("multiplier").iterrows():
             mass = f"\nmass {row['mass']:.2f}" if "mass" in row else ""
             cells.append(f"{row['value']:+.2f}\n{row['low']:.2f} {row['high']:.2f}{mass}")
-        table.add_row(f"{vector}" if where else f"{vector} @ {layer}", *cells)
+        table.add_row(": ".join(names) + ("" if where else f" @ {layer}"), *cells)
     return table
 
 

@@ -94,7 +94,7 @@ class PairSet(Sequence[ContrastPair]):
         pairs: the pairs.
         name: the behaviour's name.
         about: what a built-in behaviour says of itself: `title`, `description`, `positive_label`, `negative_label`,
-            `open_prompts`, and for the multiple-choice behaviours system prompts and a judge's rubric.
+            `open_prompts`, system prompts, and for the multiple-choice behaviours a judge's rubric.
     """
 
     pairs: tuple[ContrastPair, ...]
@@ -128,6 +128,20 @@ class PairSet(Sequence[ContrastPair]):
     def open_prompts(self) -> tuple[str, ...]:
         """Prompts to generate from, none of which is a prompt of the pairs; empty for a user's own pairs."""
         return tuple(self.about.get("open_prompts", ()))
+
+    @property
+    def system_prompts(self) -> dict[str, str | None]:
+        """For `sweep(systems=...)`: none, one that asks for the behaviour (`"positive"`) and one that asks for its opposite.
+
+        Raises:
+            InputError: the set brings none; write your own in the same form.
+        """
+        found = {side: self.about.get(f"{side}_system_prompt") for side in ("positive", "negative")}
+        if not all(found.values()):
+            raise InputError(
+                f"{self.name!r} brings no system prompts; give systems={{'none': None, 'positive': '...', 'negative': '...'}}."
+            )
+        return {"none": None, **found}
 
     @property
     def prompt_digests(self) -> tuple[str, ...]:

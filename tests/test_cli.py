@@ -48,17 +48,20 @@ def test_extract_generate_score_sweep(folder, capsys):
     assert table.read_text().startswith("item,key,vector,layer")
 
 
-def test_another_behaviour_as_a_control(folder, capsys):
+def test_other_behaviours_and_system_prompts(folder, capsys):
     tone, mood = folder / "tone.safetensors", folder / "mood.safetensors"
     for pairs, out in (("formality", tone), ("sentiment", mood)):
         assert run(folder, "extract", "--pairs", pairs, "--out", out, "--layers", 1) == 0
     table = folder / "others.csv"
     options = ("--multipliers", 0, 1, "--others", f"mood={mood}", "--save", table)
-    assert run(folder, "sweep", "--vectors", tone, *options) == 0
+    assert run(folder, "sweep", "--vectors", tone, "--held-out", 5, *options) == 0
     assert set(pd.read_csv(table)["vector"]) == {"vector", "mood"}
-    assert run(folder, "score", "--vectors", tone, "--layer", 1, *options) == 0
+    assert run(folder, "score", "--vectors", tone, "--layer", 1, "--held-out", 5, *options) == 0
     assert {"vector", "random-0", "shuffled-0", "mood"} <= set(pd.read_csv(table)["vector"])
     assert "mood" in capsys.readouterr().out
+    assert run(folder, "sweep", "--vectors", tone, "--held-out", 5, *options, "--systems") == 0
+    assert set(pd.read_csv(table)["system"]) == {"none", "positive", "negative"}
+    assert "negative: mood" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         run(folder, "sweep", "--vectors", tone, "--others", mood)
     assert "NAME=FILE" in capsys.readouterr().err

@@ -148,5 +148,14 @@ def test_multiple_choice_sets_are_balanced(name):
         a, b = re.search(r"\n\(A\) (.*)\n\(B\) (.*)$", pair.prompt).groups()
         differences.append((len(a) - len(b)) * (1 if pair.key == "A" else -1))
     assert abs(mean(differences)) < 6
-    for key in ("positive_system_prompt", "negative_system_prompt", "rubric", "description"):
-        assert loaded.about[key]
+    assert loaded.about["rubric"]
+
+
+def test_system_prompts_of_the_built_in_sets():
+    for name in caa.behaviours():
+        prompts = caa.load_pairs(name).system_prompts
+        assert list(prompts) == ["none", "positive", "negative"]
+        assert prompts["none"] is None
+        assert len(set(prompts.values())) == 3
+    with pytest.raises(caa.InputError, match="'unnamed' brings no system prompts"):
+        caa.load_pairs([("p", "a", "b")]).system_prompts  # noqa: B018
