@@ -50,9 +50,20 @@ def test_the_authors_files_load_with_all_letters():
     }
 
 
+def test_the_authors_two_choice_questions():
+    for file, size, n_categories in (("mmlu/mmlu.json", 570, 57), ("truthfulqa/truthful_qa.json", 817, 32)):
+        loaded = caa.load_pairs(fixture_path(f"caa/datasets/test/{file}"))
+        assert len(loaded) == size
+        assert len({pair.extra["category"] for pair in loaded}) == n_categories
+        for pair in loaded:
+            assert {pair.positive, pair.negative} == {"(A)", "(B)"}
+            assert f"{pair.positive} {pair.extra['correct_full_text']}" in pair.prompt
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('{"prompt": "p", "correct": "(A)"}', r"line 1: key 'incorrect' is missing"),
         ('{"prompt": "p", "positive": "a"}', r"line 1: key 'negative' is missing"),
         ('{"prompt": "p", "positive": "a", "negative": " "}', r"line 1: 'negative' is empty"),
         ('{"prompt": "p", "positive": "a", "negative": 3}', r"line 1: 'negative' is int"),

@@ -99,7 +99,8 @@ def test_unusable_system_prompts(model, vectors, held_out, systems, message, mon
             "does not write the system prompt 'positive' into the text",
         ),
         (
-            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages[-1]['content'] }}:",
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+            "{{ messages[-1]['content'] }}:",
             "refuses this conversation .*no system role",
         ),
     ],
