@@ -131,6 +131,8 @@ def made(change, control, n=60, seed=0, noise=0.05):
 def test_verdicts():
     assert "NO CHANGE SHOWN" in made(0.0, 0.0).verdict()
     assert "CHANGED, but not beyond the controls: 'random-0'" in made(-0.1, 0.12).verdict()
+    few = made(-0.1, 0.0, n=4).verdict()  # the interval excludes zero, but sixteen sign patterns give no p below 0.05
+    assert "NO CHANGE SHOWN: p is not below 0.05" in few
     beyond = made(-0.1, 0.0).verdict()
     assert "CHANGED, beyond every control" in beyond
     assert "change -0." in beyond
@@ -200,3 +202,20 @@ def fixture_missing():
     from pathlib import Path
 
     return Path("no-such-file.txt")
+
+
+@pytest.mark.slow
+def test_what_steering_costs_the_embedded_model(embedded):
+    """At a usable strength the loss of plain prose rises a little, at three times that strength much more, and by a random
+    direction of that norm too."""
+    train, _ = caa.load_pairs("formality").split(held_out=30, seed=0)
+    v = caa.extract(embedded, train[:20], layers=[14], progress=False)[14]
+    prose = " ".join(pair.negative for pair in caa.load_pairs("sentiment")[:20])
+    result = caa.text_loss(embedded, prose, v, multipliers=(1, 3), window=64, controls=1, progress=False)
+    table = result.to_pandas()
+    loss = table.set_index(["vector", "multiplier"])["change"]
+    assert 0 < loss["vector", 1.0] < 0.5
+    assert loss["vector", 3.0] > 2 * loss["vector", 1.0]
+    assert loss["random-0", 3.0] > 0.5
+    assert table[table["multiplier"] == 0]["value"].max() < 5
+    assert result.verdict().count("CHANGED, ") == 2

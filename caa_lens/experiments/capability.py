@@ -4,10 +4,11 @@
     loss                   mean over tokens of -log p(token | text before it), nats per token
     change                 mean over items of (steered minus unsteered), each item against itself
 
-A capability counts as changed by the vector when the change's interval excludes zero and lies beyond the largest change that any
-control of the same norm causes, at the same layer and size of multiplier. "No change shown" is not "unchanged": the
-interval says how large a change is still compatible. Intervals and tests are of one setting each, and not corrected for
-looking at many; those of a category with few questions are rough.
+A capability counts as changed when the interval of the change excludes zero and the permutation test agrees (p < 0.05), and as
+changed by the vector's direction when the interval also lies beyond the largest change that any control of the same norm
+causes, at the same layer and size of multiplier. "No change shown" is not "unchanged": the interval says how large a
+change is still compatible. Intervals and tests are of one setting each, and not corrected for looking at many; those of
+few items (a category, a short text) are rough.
 
 Source of the two-choice form: Rimsky et al., arXiv:2312.06681, section 7 (MMLU and TruthfulQA under steering).
 """
@@ -32,6 +33,9 @@ from caa_lens.pairs import PairSet
 from caa_lens.positions import Positions, needs_marker
 from caa_lens.prompts import Plain
 from caa_lens.vector import SteeringVector, VectorSet
+
+ALPHA = 0.05
+"""Largest p-value of a change that counts; the intervals are of 95%."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ class CapabilityResult:
         return pd.DataFrame(rows)
 
     def verdict(self, measure: str | None = None) -> str:
-        """In words, a line for each layer and multiplier: whether the measure (the principal one by default) changed beyond
-        its interval, and beyond what every control of the same norm does.
+        """In words, a line for each layer and multiplier: whether the measure (the principal one by default) changed, and
+        beyond what every control of the same norm does.
 
         Raises:
             InputError: no such measure.
@@ -115,6 +119,8 @@ def _judged(row: Any, controls: pd.DataFrame) -> str:
     """The vector's change beside the changes of the controls at the same layer and size of multiplier."""
     if row.change_low <= 0 <= row.change_high:
         return "NO CHANGE SHOWN: the interval includes zero."
+    if row.p_value >= ALPHA:
+        return f"NO CHANGE SHOWN: p is not below {ALPHA}; the items are too few or too unlike to tell."
     if controls.empty:
         return "CHANGED: the interval excludes zero; no controls were run (controls=True)."
     largest = controls.loc[controls["change"].abs().idxmax()]
