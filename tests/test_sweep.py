@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import as_lens, tiny_llama
+from conftest import as_lens, relative_error, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 import caa_lens as caa
@@ -49,6 +49,26 @@ def test_the_fast_sweep_is_the_plain_one(model, vectors, pairs, metric, position
             for row, vector in enumerate(settings):
                 expected = plain_logprobs(model, text, vector, positions, text.instruction_end)
                 torch.testing.assert_close(found[index][row], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("point", ["blocks.1.attn.hook_z", "blocks.1.hook_attn_out", "blocks.2.hook_resid_post"])
+def test_a_users_own_hooks_act_in_the_sweep(model, vectors, held_out, point):
+    """Also those inside attention and those that read across rows of a sequence, which the shared layouts must not hide."""
+    template, scorer = caa.ChatTemplate(), METRICS["logprob"]()
+    texts = [text for pair in held_out for text in scorer.texts(model.tokenizer, template, pair)]
+    settings = [None, *(2.0 * vector for vector in vectors.values())]
+
+    def halve_hook(activations, hook):
+        return 0.5 * activations
+
+    with model.hooks(fwd_hooks=[(point, halve_hook)]):
+        found = dict(grid.grid_logprobs(model, texts, settings))
+        for index, text in enumerate(texts):
+            for row, vector in enumerate(settings):
+                expected = plain_logprobs(model, text, vector, "after_instruction", text.instruction_end)
+                torch.testing.assert_close(found[index][row], expected, atol=1e-4, rtol=1e-4)
+    untouched = dict(grid.grid_logprobs(model, texts, settings))
+    assert all(relative_error(untouched[i], found[i]) > 1e-3 for i in found)
 
 
 def test_out_of_memory_halves_the_chunk_and_gives_the_same(model, vectors, held_out, monkeypatch):
