@@ -12,6 +12,7 @@ with caa.steer(model, vectors[14]):
 from caa_lens.activations import load_activations
 from caa_lens.directions import ablate, add, clamp, gate
 from caa_lens.errors import CaaLensError, CaaLensWarning, InputError, MissingError
+from caa_lens.experiments.capability import CapabilityResult, capability, text_loss
 from caa_lens.experiments.controls import learning_curve
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.sweep import score, sweep
@@ -20,11 +21,12 @@ from caa_lens.geometry import norms, pca, similarity
 from caa_lens.hooks import steering_hooks
 from caa_lens.logits import logit_attribution, logit_lens
 from caa_lens.models import load_model
-from caa_lens.pairs import ContrastPair, PairSet, behaviours, load_pairs
+from caa_lens.pairs import ContrastPair, PairSet
 from caa_lens.patching import PatchResult, patch
 from caa_lens.prompts import ChatTemplate, Llama2Base, Llama2Chat, Plain, Template
 from caa_lens.provenance import Provenance
 from caa_lens.separation import separability
+from caa_lens.sources import behaviours, load_pairs
 from caa_lens.steering import generate, show_positions, steer
 from caa_lens.storage import load_vectors
 from caa_lens.vector import SteeringVector, VectorSet, normalize_across
@@ -51,6 +53,9 @@ __all__ = [
     "score",
     "sweep",
     "SweepResult",
+    "capability",
+    "text_loss",
+    "CapabilityResult",
     "learning_curve",
     "patch",
     "PatchResult",

@@ -126,10 +126,28 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--metric", choices=("letter", "letter_published", "logprob"), help="default: by the pairs")
         added.add_argument("--multipliers", type=float, nargs="+", default=[-1.0, 0.0, 1.0], help="default -1 0 1")
         added.add_argument(
+            "--systems", action="store_true", help="also with the behaviour's positive and negative system prompts"
+        )
+        added.add_argument(
+            "--others",
+            type=_named_file,
+            nargs="+",
+            metavar="NAME=FILE",
+            default=[],
+            help="other behaviours' vectors, run beside at the same norm as controls",
+        )
+        added.add_argument(
             "--store", type=Path, help="folder that keeps finished items; an interrupted run goes on there"
         )
         added.add_argument("--save", type=Path, help="write the items' table: .parquet, .json or .csv")
     return parser
+
+
+def _named_file(text: str) -> tuple[str, str]:
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FILE (sentiment=out/sentiment.safetensors)")
+    return name, file
 
 
 def _load(arguments: Any) -> Any:
@@ -174,27 +192,19 @@ def _generate(arguments: Any) -> None:
 
 def _score(arguments: Any) -> None:
     _, held_out = _split(arguments)
-    v = caa.load_vectors(arguments.vectors)
-    model = _load(arguments)
-    _measure(arguments, model, v, held_out, layers=[arguments.layer], controls=True)
+    _measure(arguments, held_out, layers=[arguments.layer], controls=True)
 
 
 def _sweep(arguments: Any) -> None:
     _, held_out = _split(arguments)
+    _measure(arguments, held_out, layers=arguments.layers, controls=arguments.controls)
+
+
+def _measure(arguments: Any, held_out: caa.PairSet, *, layers: Sequence[int] | None, controls: bool) -> None:
     vectors = caa.load_vectors(arguments.vectors)
+    systems = held_out.system_prompts if arguments.systems else None
+    others = {name: caa.load_vectors(file) for name, file in arguments.others}
     model = _load(arguments)
-    _measure(arguments, model, vectors, held_out, layers=arguments.layers, controls=arguments.controls)
-
-
-def _measure(
-    arguments: Any,
-    model: Any,
-    vectors: caa.VectorSet,
-    held_out: caa.PairSet,
-    *,
-    layers: Sequence[int] | None,
-    controls: bool,
-) -> None:
     result = caa.sweep(
         model,
         vectors,
@@ -203,6 +213,8 @@ def _measure(
         multipliers=arguments.multipliers,
         metric=arguments.metric,
         controls=controls,
+        others=others,
+        systems=systems,
         positions=arguments.positions,
         seed=arguments.seed,
         store=arguments.store,
@@ -273,7 +285,7 @@ def _norm_table(vectors: caa.VectorSet) -> Table:
 
 
 def _score_table(result: caa.SweepResult) -> Table:
-    """One row a vector and layer, one column a multiplier: the mean, and below it the 95% interval."""
+    """One row a system prompt, vector and layer, one column a multiplier: the mean, and below it the 95% interval."""
     summary = result.to_pandas()
     multipliers = sorted(summary["multiplier"].unique())
     layers = summary["layer"].unique()
@@ -283,12 +295,14 @@ def _score_table(result: caa.SweepResult) -> Table:
     table.add_column("vector", no_wrap=True)
     for multiplier in multipliers:
         table.add_column(_signed(multiplier), justify="center", no_wrap=True)
-    for (vector, layer), group in summary.groupby(["vector", "layer"], sort=False):
+    axes = [axis for axis in ("system", "vector", "layer") if axis in summary]
+    for place, group in summary.groupby(axes, sort=False):
+        *names, layer = place
         cells = []
         for _, row in group.sort_values("multiplier").iterrows():
             mass = f"\nmass {row['mass']:.2f}" if "mass" in row else ""
             cells.append(f"{row['value']:+.2f}\n{row['low']:.2f} {row['high']:.2f}{mass}")
-        table.add_row(f"{vector}" if where else f"{vector} @ {layer}", *cells)
+        table.add_row(": ".join(names) + ("" if where else f" @ {layer}"), *cells)
     return table
 
 

@@ -3,15 +3,16 @@
     v[l] = mean_difference at the output of block l, 0-based = `blocks.<l>.hook_resid_post`
 
 Strength is arithmetic: `1.5 * v`, `-v`, `v + w`. Vectors are immutable, kept in fp32 on the CPU, and cast to the
-model's dtype and device where they are used.
+model's dtype and device where they are used. A vector carries its controls (the same activations under shuffled
+labels, ...), and whatever is done to the vector is done to them: the controls of `v + w` are the sums of those that both have.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,7 @@ class SteeringVector:
         provenance: how it was made.
         residual_norm: mean |resid_post| at the positions read; None where it is not known.
         raw_norm: |v| as extracted, before any normalisation or scaling; None where it is not known.
+        controls: what to compare it with, by name: vectors made from the same activations without the behaviour.
 
     Raises:
         InputError: not one-dimensional, not finite, or not `d_model` wide.
@@ -45,6 +47,7 @@ class SteeringVector:
     provenance: Provenance
     residual_norm: float | None = None
     raw_norm: float | None = None
+    controls: Mapping[str, SteeringVector] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         tensor = torch.as_tensor(self.tensor).detach().to("cpu", torch.float32)
@@ -64,6 +67,9 @@ class SteeringVector:
                 f"{self.provenance.n_layers - 1}."
             )
         object.__setattr__(self, "tensor", tensor)
+        stray = [name for name, control in self.controls.items() if control.layer != self.layer]
+        if stray:
+            raise InputError(f"the control {stray[0]!r} of a vector of layer {self.layer} belongs to another layer.")
 
     @property
     def hook_name(self) -> str:
@@ -85,10 +91,12 @@ class SteeringVector:
         return f"SteeringVector({self.provenance.expression!r}, layer {self.layer}, norm {self.norm:.3g}{ratio})"
 
     def _scaled(self, factor: float) -> SteeringVector:
-        return self._changed(self.tensor * factor, f"{factor:g} * {self.provenance.expression}")
+        made = replace(self.provenance, expression=f"{factor:g} * {self.provenance.expression}")
+        return self._with_controls(lambda v: v._scaled(factor), tensor=self.tensor * factor, provenance=made)
 
-    def _changed(self, tensor: Tensor, expression: str) -> SteeringVector:
-        return replace(self, tensor=tensor, provenance=replace(self.provenance, expression=expression))
+    def _with_controls(self, change: Callable[[SteeringVector], SteeringVector], **changes: Any) -> SteeringVector:
+        """This vector with `changes`, its controls with the same change."""
+        return replace(self, controls={name: change(control) for name, control in self.controls.items()}, **changes)
 
     def _sum(self, other: SteeringVector, sign: int) -> SteeringVector:
         if not isinstance(other, SteeringVector):
@@ -99,7 +107,14 @@ class SteeringVector:
                 "list: steer(model, [v, w])."
             )
         provenance = self.provenance.combined(other.provenance, "+" if sign > 0 else "-")
-        return replace(self, tensor=self.tensor + sign * other.tensor, provenance=provenance, raw_norm=None)
+        common = [name for name in self.controls if name in other.controls]
+        return replace(
+            self,
+            tensor=self.tensor + sign * other.tensor,
+            provenance=provenance,
+            raw_norm=None,
+            controls={name: self.controls[name]._sum(other.controls[name], sign) for name in common},
+        )
 
     def __mul__(self, factor: float) -> SteeringVector:
         return self._scaled(float(factor))
@@ -126,15 +141,19 @@ class SteeringVector:
 
     def random_control(self, *, seed: int = 0) -> SteeringVector:
         """A random direction of the same norm at the same layer: what any push of this size does."""
-        return self._changed(random_like(self.tensor, seed=seed), f"random({seed}) like {self.provenance.expression}")
+        made = replace(self.provenance, expression=f"random({seed}) like {self.provenance.expression}")
+        return replace(self, tensor=random_like(self.tensor, seed=seed), provenance=made, controls={})
 
     def at_layer(self, layer: int) -> SteeringVector:
         """The same direction to be used at another layer (the paper's layer transfer)."""
-        return replace(self, layer=layer, residual_norm=None)
+        if layer == self.layer:
+            return self
+        return self._with_controls(lambda v: v.at_layer(layer), layer=layer, residual_norm=None)
 
     def retarget(self, model: str) -> SteeringVector:
         """The same direction for another model of equal shape, on purpose (base to chat, base to fine-tuned)."""
-        return replace(self, provenance=replace(self.provenance, model=model), residual_norm=None)
+        made = replace(self.provenance, model=model)
+        return self._with_controls(lambda v: v.retarget(model), provenance=made, residual_norm=None)
 
     def to_basis(self, basis: str) -> SteeringVector:
         """Converts a raw vector of a LayerNorm model to centred weights, v - mean(v).
@@ -149,7 +168,10 @@ class SteeringVector:
                 f"a vector in the {self.provenance.basis!r} basis cannot be converted to {basis!r}; extract it again "
                 "from a model with unprocessed weights."
             )
-        return replace(self, tensor=self.tensor - self.tensor.mean(), provenance=replace(self.provenance, basis=basis))
+        made = replace(self.provenance, basis=basis)
+        return self._with_controls(
+            lambda v: v.to_basis(basis), tensor=self.tensor - self.tensor.mean(), provenance=made
+        )
 
 
 class VectorSet(Mapping[int, SteeringVector]):
@@ -157,16 +179,18 @@ class VectorSet(Mapping[int, SteeringVector]):
 
     Args:
         vectors: the vectors, one a layer.
-        controls: vectors made from the same activations with shuffled labels, by name; carried along and saved.
+        controls: sets of controls by name, handed to the vectors of their layers in place of those that they have.
 
     Raises:
         InputError: no vector, two of the same layer, or different models.
-        MissingError: (on access) a layer that is not in the set.
+        MissingError: controls that lack a layer; (on access) a layer that is not in the set.
     """
 
     def __init__(self, vectors: Sequence[SteeringVector], controls: Mapping[str, VectorSet] | None = None) -> None:
         if not vectors:
             raise InputError("a VectorSet needs at least one vector.")
+        if controls is not None:
+            vectors = [replace(v, controls={name: group[v.layer] for name, group in controls.items()}) for v in vectors]
         self._by_layer = {vector.layer: vector for vector in sorted(vectors, key=lambda vector: vector.layer)}
         if len(self._by_layer) != len(vectors):
             raise InputError("two vectors of the same layer in one VectorSet; add them, or pass a list to steer().")
@@ -176,7 +200,13 @@ class VectorSet(Mapping[int, SteeringVector]):
                     f"vectors of {self.provenance.model} and {vector.provenance.model} in one VectorSet; keep one "
                     "set a model."
                 )
-        self.controls: Mapping[str, VectorSet] = dict(controls or {})
+
+    @property
+    def controls(self) -> dict[str, VectorSet]:
+        """The controls that all vectors of the set carry, as sets, by name."""
+        first, *rest = self.values()
+        names = [name for name in first.controls if all(name in vector.controls for vector in rest)]
+        return {name: VectorSet([vector.controls[name] for vector in self.values()]) for name in names}
 
     @property
     def provenance(self) -> Provenance:
@@ -209,7 +239,7 @@ class VectorSet(Mapping[int, SteeringVector]):
         return f"VectorSet({self.provenance.expression!r}, layers {_ranges(self.layers)}, {self.provenance.model})"
 
     def map(self, change: Callable[[SteeringVector], SteeringVector]) -> VectorSet:
-        """A set of `change(vector)` for every layer, without the controls."""
+        """A set of `change(vector)` for every layer."""
         return VectorSet([change(vector) for vector in self.values()])
 
     def _with(self, other: VectorSet, sign: int) -> VectorSet:
@@ -287,14 +317,14 @@ def normalize_across(sets: Mapping[str, VectorSet]) -> dict[str, VectorSet]:
         layer: rescale_to_mean_norm(torch.stack([vectors[layer].tensor for vectors in sets.values()]))
         for layer in first.layers
     }
+
+    def normalized(v: SteeringVector, row: int) -> SteeringVector:
+        tensor = scaled[v.layer][row]
+        made = replace(v.provenance, normalized_across=tuple(sets))
+        return v._with_controls(lambda control: control * float(tensor.norm() / v.norm), tensor=tensor, provenance=made)
+
     return {
-        name: vectors.map(
-            lambda v, row=row: replace(  # type: ignore[misc]
-                v,
-                tensor=scaled[v.layer][row],
-                provenance=replace(v.provenance, normalized_across=tuple(sets)),
-            )
-        )
+        name: VectorSet([normalized(v, row) for v in vectors.values()])
         for row, (name, vectors) in enumerate(sets.items())
     }
 

@@ -1,5 +1,6 @@
 """Each command on a tiny local model: real files in, real files out, errors in one line."""
 
+import pandas as pd
 import pytest
 from conftest import tiny_llama
 
@@ -45,6 +46,25 @@ def test_extract_generate_score_sweep(folder, capsys):
         run(folder, "sweep", "--vectors", vectors, "--multipliers", 0, 1, "--save", table, "--store", folder / "s") == 0
     )
     assert table.read_text().startswith("item,key,vector,layer")
+
+
+def test_other_behaviours_and_system_prompts(folder, capsys):
+    tone, mood = folder / "tone.safetensors", folder / "mood.safetensors"
+    for pairs, out in (("formality", tone), ("sentiment", mood)):
+        assert run(folder, "extract", "--pairs", pairs, "--out", out, "--layers", 1) == 0
+    table = folder / "others.csv"
+    options = ("--multipliers", 0, 1, "--others", f"mood={mood}", "--save", table)
+    assert run(folder, "sweep", "--vectors", tone, "--held-out", 5, *options) == 0
+    assert set(pd.read_csv(table)["vector"]) == {"vector", "mood"}
+    assert run(folder, "score", "--vectors", tone, "--layer", 1, "--held-out", 5, *options) == 0
+    assert {"vector", "random-0", "shuffled-0", "mood"} <= set(pd.read_csv(table)["vector"])
+    assert "mood" in capsys.readouterr().out
+    assert run(folder, "sweep", "--vectors", tone, "--held-out", 5, *options, "--systems") == 0
+    assert set(pd.read_csv(table)["system"]) == {"none", "positive", "negative"}
+    assert "negative: mood" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        run(folder, "sweep", "--vectors", tone, "--others", mood)
+    assert "NAME=FILE" in capsys.readouterr().err
 
 
 def test_demo(folder, capsys):

@@ -1,5 +1,6 @@
 """Norm-matched controls and the learning curve."""
 
+import pandas as pd
 import pytest
 import torch
 from conftest import relative_error
@@ -18,6 +19,18 @@ def test_controls_have_the_vectors_norms(vectors):
     assert set(with_controls(vectors, n_random=0)) == {"vector"}
     with pytest.raises(caa.InputError, match="this name is taken"):
         with_controls(vectors, n_random=1, others={"random-0": vectors})
+
+
+def test_one_vector_runs_the_controls_that_it_carries(model, vectors, held_out):
+    """The table of a single vector, scaled or not, is that of the set at its layer."""
+    options = {"controls": 1, "multipliers": (-1, 1), "progress": False}
+    whole = caa.sweep(model, vectors, held_out, layers=[1], **options).to_pandas()
+    assert set(whole["vector"]) == {"vector", "random-0", "shuffled-0", "shuffled-1", "shuffled-2"}
+    pd.testing.assert_frame_equal(caa.score(model, held_out, vectors[1], **options).to_pandas(), whole)
+    half = caa.score(model, held_out, 0.5 * vectors[1], **{**options, "multipliers": (-2, 2)}).to_pandas()
+    pd.testing.assert_frame_equal(half.drop(columns="multiplier"), whole.drop(columns="multiplier"), atol=1e-4)
+    moved = caa.sweep(model, vectors[1], held_out, layers=[0], **options).to_pandas()
+    assert set(moved["vector"]) == set(whole["vector"])
 
 
 def test_another_behaviours_vector_stands_in_the_table(model, vectors, held_out):

@@ -50,9 +50,20 @@ def test_the_authors_files_load_with_all_letters():
     }
 
 
+def test_the_authors_two_choice_questions():
+    for file, size, n_categories in (("mmlu/mmlu.json", 570, 57), ("truthfulqa/truthful_qa.json", 817, 32)):
+        loaded = caa.load_pairs(fixture_path(f"caa/datasets/test/{file}"))
+        assert len(loaded) == size
+        assert len({pair.extra["category"] for pair in loaded}) == n_categories
+        for pair in loaded:
+            assert {pair.positive, pair.negative} == {"(A)", "(B)"}
+            assert f"{pair.positive} {pair.extra['correct_full_text']}" in pair.prompt
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('{"prompt": "p", "correct": "(A)"}', r"line 1: key 'incorrect' is missing"),
         ('{"prompt": "p", "positive": "a"}', r"line 1: key 'negative' is missing"),
         ('{"prompt": "p", "positive": "a", "negative": " "}', r"line 1: 'negative' is empty"),
         ('{"prompt": "p", "positive": "a", "negative": 3}', r"line 1: 'negative' is int"),
@@ -148,5 +159,14 @@ def test_multiple_choice_sets_are_balanced(name):
         a, b = re.search(r"\n\(A\) (.*)\n\(B\) (.*)$", pair.prompt).groups()
         differences.append((len(a) - len(b)) * (1 if pair.key == "A" else -1))
     assert abs(mean(differences)) < 6
-    for key in ("positive_system_prompt", "negative_system_prompt", "rubric", "description"):
-        assert loaded.about[key]
+    assert loaded.about["rubric"]
+
+
+def test_system_prompts_of_the_built_in_sets():
+    for name in caa.behaviours():
+        prompts = caa.load_pairs(name).system_prompts
+        assert list(prompts) == ["none", "positive", "negative"]
+        assert prompts["none"] is None
+        assert len(set(prompts.values())) == 3
+    with pytest.raises(caa.InputError, match="'unnamed' brings no system prompts"):
+        caa.load_pairs([("p", "a", "b")]).system_prompts  # noqa: B018

@@ -1,11 +1,14 @@
 """Scores, sweeps, controls: equal to plain runs, resumable, honest about null effects."""
 
+import json
 from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import as_lens, tiny_llama
+from transformers import PreTrainedTokenizerFast
 
 import caa_lens as caa
 from caa_lens.experiments import grid
@@ -130,6 +133,30 @@ def test_letter_score_and_mass(model):
     assert published_item("A", 0.3, 0.1) == pytest.approx(0.75)
 
 
+def test_letters_that_are_one_token_with_their_bracket(kind, byte_tokenizer, tmp_path):
+    """`(A` is a single token in some vocabularies: the answer is read where the ids differ, whatever the pieces."""
+    byte_tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for letter in "ABC":
+        content["model"]["vocab"][f"({letter}"] = len(content["model"]["vocab"])
+        content["model"]["merges"].append(["(", letter])
+    file.write_text(json.dumps(content))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert tokenizer.tokenize("(A)") == ["(A", ")"]
+    model = as_lens(kind, tiny_llama(len(tokenizer)), tokenizer)
+    vectors = caa.extract(model, QUESTIONS[:1], progress=False)
+    result = caa.sweep(model, vectors, QUESTIONS[1:], layers=[1], multipliers=(0, 2), progress=False)
+    for row in result.items.itertuples():
+        pair = QUESTIONS[1:][row.item]
+        ids = caa.ChatTemplate().encode(tokenizer, pair.prompt).ids
+        with caa.steer(model, row.multiplier * vectors[1]), torch.no_grad():
+            p = model(torch.tensor([ids])).softmax(-1)[0, -1]
+        offered = {letter: float(p[tokenizer.convert_tokens_to_ids(f"({letter}")]) for letter in pair.options}
+        assert row.mass == pytest.approx(sum(offered.values()), abs=1e-4)
+        assert row.value == pytest.approx(offered[pair.key] / sum(offered.values()), abs=1e-4)
+
+
 def test_layer_transfer_uses_one_vector_at_other_layers(model, vectors, held_out):
     result = caa.sweep(model, vectors[1], held_out, layers=[0, 2], multipliers=(1,), progress=False)
     direct = caa.score(model, held_out, vectors[1].at_layer(2), multipliers=(1,), progress=False)
@@ -180,6 +207,13 @@ def test_bootstrap_covers_and_balances():
         estimate = bootstrap_mean(sample, seed=seed)
         covered.append(estimate.low <= 1.0 <= estimate.high)
     assert 0.90 <= np.mean(covered) <= 0.98
+    keys = ["A"] * 30 + ["B"] * 10
+    balanced = []
+    for seed in range(300):
+        sample = np.concatenate([rng.normal(0.0, 1.0, 30), rng.normal(4.0, 2.0, 10)])
+        estimate = bootstrap_mean(sample, keys, seed=seed)  # its truth is 2, the mean of the strata's means
+        balanced.append(estimate.low <= 2.0 <= estimate.high)
+    assert 0.87 <= np.mean(balanced) <= 0.98  # a percentile interval of ten items is a little too narrow
     values = np.array([1.0, 1.0, 1.0, 0.0])
     assert bootstrap_mean(values, ["A", "A", "A", "B"]).value == 0.5
     assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1)
@@ -229,3 +263,28 @@ def test_formality_steers_the_embedded_model(embedded):
     for control in ("random-0", "shuffled-0"):
         assert gap >= 3 * abs(table.loc[control, 1.0] - table.loc[control, -1.0])
     assert "Beyond every control" in result.verdict()
+
+
+def measured(embedded, name, n_items):
+    """A behaviour at layer 14 on held-out items, beside a random, three shuffled and, for letters, two further controls."""
+    train, held_out = caa.load_pairs(name).split(held_out=30, seed=0)
+    v = caa.extract(embedded, train, layers=[14], progress=False)[14]
+    return caa.score(embedded, held_out[:n_items], v, multipliers=(-1, 1), controls=1, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "at_least"), [("sentiment", 0.15), ("refusal", 0.1)])
+def test_free_text_sets_steer_the_embedded_model(embedded, name, at_least):
+    result = measured(embedded, name, 20)
+    assert set(result.items["vector"]) == {"vector", "random-0", "shuffled-0", "shuffled-1", "shuffled-2"}
+    assert result.best()["effect"] > at_least
+    assert "Beyond every control" in result.verdict()
+
+
+@pytest.mark.slow
+def test_the_multiple_choice_form_is_null_on_the_embedded_model(embedded):
+    """It answers at chance, and what moves is the letter: METHOD.md's null result, reported as one."""
+    result = measured(embedded, "ab/sycophancy", 30)
+    assert {"letter", "letter-balanced"} <= set(result.items["vector"])
+    assert "NULL" in result.verdict()
+    assert abs(result.best()["effect"]) < 0.05

@@ -1,6 +1,7 @@
 """Algebra, validation, files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,43 @@ def test_sets_are_mappings_with_the_same_algebra():
         vectors[1]
 
 
+def controlled(layer=1, seed=0, names=("shuffled-0", "letter")):
+    return replace(vector(layer, seed), controls={name: vector(layer, seed + 10 + i) for i, name in enumerate(names)})
+
+
+def test_controls_follow_the_algebra():
+    """What is done to a vector is done to its controls: those of 2v are 2c, those of v + w the sums that both have."""
+    v, w = controlled(), controlled(seed=1, names=("shuffled-0",))
+    for changed, expected in (
+        (2 * v, 2 * v.controls["letter"]),
+        (-v / 4, -v.controls["letter"] / 4),
+        (v.at_layer(3), v.controls["letter"].at_layer(3)),
+        (v.retarget("other"), v.controls["letter"].retarget("other")),
+        (v.to_basis("centred"), v.controls["letter"].to_basis("centred")),
+    ):
+        found = changed.controls["letter"]
+        assert torch.equal(found.tensor, expected.tensor)
+        assert (found.layer, found.provenance) == (expected.layer, expected.provenance)
+    assert set((v + w).controls) == {"shuffled-0"}
+    expected = v.controls["shuffled-0"].tensor - w.controls["shuffled-0"].tensor
+    assert torch.equal((v - w).controls["shuffled-0"].tensor, expected)
+    assert not v.random_control().controls
+    normal = caa.normalize_across({"a": caa.VectorSet([v]), "b": caa.VectorSet([w])})["a"][1]
+    ratio = normal.norm / v.norm
+    torch.testing.assert_close(normal.controls["letter"].tensor, ratio * v.controls["letter"].tensor)
+
+
+def test_a_sets_controls_are_those_of_its_vectors():
+    vectors = caa.VectorSet([controlled(0), controlled(3)])
+    assert set(vectors.controls) == {"shuffled-0", "letter"}
+    assert vectors.controls["letter"].layers == (0, 3)
+    assert torch.equal((2 * vectors).controls["letter"].stack(), 2 * vectors.controls["letter"].stack())
+    assert not caa.VectorSet([controlled(0), vector(3)]).controls  # the second has none
+    assert set(caa.VectorSet(list(vectors.values()), {"letter": vectors.controls["letter"]}).controls) == {"letter"}
+    with pytest.raises(caa.MissingError, match="no vector for layer 3"):
+        caa.VectorSet([vector(3)], {"letter": caa.VectorSet([vector(0)])})
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -54,6 +92,10 @@ def test_sets_are_mappings_with_the_same_algebra():
         (lambda: vector() + vector(basis="centred"), "to_basis"),
         (lambda: vector(basis="centred").to_basis("raw"), "extract it again"),
         (lambda: (vector() - vector()).with_norm(1), "zero vector"),
+        (
+            lambda: replace(vector(1), controls={"letter": vector(2)}),
+            "'letter' of a vector of layer 1 belongs to another",
+        ),
         (lambda: caa.VectorSet([]), "at least one"),
         (lambda: caa.VectorSet([vector(), vector()]), "two vectors of the same layer"),
     ],
@@ -76,6 +118,7 @@ def test_round_trip_is_exact(tmp_path):
     assert again.provenance == vectors.provenance
     assert torch.equal(again.stack(), vectors.stack())
     assert torch.equal(again.controls["shuffled-0"].stack(), vectors.controls["shuffled-0"].stack())
+    assert torch.equal(again[3].controls["shuffled-0"].tensor, vectors[3].controls["shuffled-0"].tensor)
     assert [v.residual_norm for v in again.values()] == [10.0, 10.0]
     assert again[3].raw_norm == vectors[3].raw_norm
     assert [file.name for file in tmp_path.iterdir()] == ["v.safetensors"]

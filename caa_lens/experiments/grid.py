@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from caa_lens.chunks import Chunks
 from caa_lens.directions import Operator, add
-from caa_lens.models import Branch, Model, Prefix, device_of, pad, run_branches, tokenizer_of
+from caa_lens.models import Branch, Model, device_of, pad, run_branches, tokenizer_of
 from caa_lens.positions import Positions, row_mask
 from caa_lens.prefixes import PrefixRunner, common_head
 from caa_lens.vector import SteeringVector
@@ -81,7 +82,7 @@ class _Runner:
         self.model, self.texts, self.vectors, self.device = model, texts, vectors, device_of(model)
         self.positions, self.operator, self.strength = positions, operator, strength
         self.pad_id = tokenizer_of(model).pad_token_id or 0
-        self.branch_tokens = BRANCH_TOKENS
+        self.chunks = Chunks(BRANCH_TOKENS)
         self.starts = [self.first_steered(text) for text in texts]
         head = common_head([text.ids for text in texts], limit=min(self.starts)) if texts else ()
         self.prefixes = PrefixRunner(model, head)
@@ -113,7 +114,11 @@ class _Runner:
             on[row, : len(rows[row])] = self.steered(text)[start : start + len(rows[row])]
         at, readout = _reads(texts, starts, self.device)
         branches = [self._branch(vector, on.to(self.device)) for vector in self.vectors]
-        found = self._in_chunks(tokens, mask, past, branches, at, readout)  # one [text, target] tensor a branch
+
+        def run_some(chunk: Sequence[Branch]) -> list[Tensor]:
+            return run_branches(self.model, tokens, mask, chunk, readout, at=at, past=past)
+
+        found = self.chunks.map(run_some, branches, size=tokens.numel())  # one [text, target] tensor a branch
         counts = [sum(len(ids) for _, ids in text.targets) for text in texts]
         whole = torch.stack(found)
         return [whole[:, row, :count] for row, count in enumerate(counts)]
@@ -127,27 +132,6 @@ class _Runner:
             return torch.where(on.to(activations.device).unsqueeze(-1), steered, activations)
 
         return Branch(vector.layer, change)
-
-    def _in_chunks(
-        self,
-        tokens: Tensor,
-        mask: Tensor,
-        past: Prefix | None,
-        branches: Sequence[Branch],
-        at: Tensor,
-        readout: Callable[[Tensor], Tensor],
-    ) -> list[Tensor]:
-        found: list[Tensor] = []
-        while len(found) < len(branches):
-            size = max(1, self.branch_tokens // tokens.numel())
-            chunk = branches[len(found) : len(found) + size]
-            try:
-                found += run_branches(self.model, tokens, mask, chunk, readout, at=at, past=past)
-            except (torch.OutOfMemoryError, MemoryError):
-                if len(chunk) == 1:
-                    raise
-                self.branch_tokens = len(chunk) // 2 * tokens.numel()
-        return found
 
 
 def _reads(

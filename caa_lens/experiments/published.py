@@ -18,7 +18,7 @@ import pandas as pd
 from caa_lens.errors import InputError
 from caa_lens.experiments.scoring import published_item
 from caa_lens.experiments.statistics import bootstrap_mean
-from caa_lens.pairs import load_pairs
+from caa_lens.sources import load_pairs
 
 KEYS = (
     "layer",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ class SweepResult:
     """Scores of a sweep.
 
     Attributes:
-        items: one row an item and setting: `item`, `key`, `vector`, `layer`, `multiplier`, `value`, `effect`, and the metric's
-            further columns (`mass`; `positive`, `negative`, `preferred`).
+        items: one row an item and setting: `item`, `key`, `system` (where system prompts were swept), `vector`, `layer`,
+            `multiplier`, `value`, `effect`, and the metric's further columns (`mass`; `positive`, `negative`, `preferred`).
         metric: how items were scored.
         provenance: model, template, pairs' hash, settings, seed, versions.
         seed: of the bootstrap.
@@ -41,19 +41,31 @@ class SweepResult:
     provenance: dict[str, Any]
     seed: int = 0
 
+    @property
+    def _axes(self) -> list[str]:
+        return [axis for axis in ("system", "vector", "layer") if axis in self.items]
+
+    def by_system(self) -> dict[str, SweepResult]:
+        """The result under each system prompt; empty where none were swept."""
+        if "system" not in self.items:
+            return {}
+        groups = self.items.groupby("system", sort=False)
+        return {str(name): replace(self, items=group.drop(columns="system")) for name, group in groups}
+
     def to_pandas(self) -> pd.DataFrame:
-        """One row a (vector, layer, multiplier): `value` with its 95% interval `low`, `high`, `n`, and means of the rest."""
+        """One row a (system, vector, layer, multiplier): `value` with its 95% interval `low`, `high`, `n`, means of the rest."""
         rest = [c for c in ("mass", "positive", "negative", "preferred") if c in self.items]
         rows = []
-        for (vector, layer, multiplier), group in self.items.groupby(["vector", "layer", "multiplier"], sort=False):
+        axes = [*self._axes, "multiplier"]
+        for place, group in self.items.groupby(axes, sort=False):
             strata = group["key"].tolist() if self.metric.balanced else None
             estimate = bootstrap_mean(group["value"].to_numpy(float), strata, seed=self.seed)
             means = {name: float(group[name].mean()) for name in rest}
-            rows.append({"vector": vector, "layer": layer, "multiplier": multiplier, **estimate._asdict(), **means})
+            rows.append({**dict(zip(axes, place, strict=True)), **estimate._asdict(), **means})
         return pd.DataFrame(rows)
 
     def effects(self) -> pd.DataFrame:
-        """One row a (vector, layer): mean slope of the items' effect per unit of multiplier, with its interval, and the
+        """One row a (system, vector, layer): mean slope of the items' effect per unit of multiplier, with its interval, and the
         share of anti-steerable items, with its interval. The effect is in nats: the log-odds of the matching letter, or the
         contrast per token.
 
@@ -63,7 +75,7 @@ class SweepResult:
         if self.items["multiplier"].nunique() < 2:
             raise InputError("an effect needs at least two multipliers; sweep with multipliers=(-1, 0, 1).")
         rows = []
-        for (vector, layer), group in self.items.groupby(["vector", "layer"], sort=False):
+        for place, group in self.items.groupby(self._axes, sort=False):
             table = group.pivot(index="multiplier", columns="item", values="effect")
             slope = slopes(table.index.to_numpy(float), table.to_numpy(float))
             keys = group.drop_duplicates("item").set_index("item")["key"].loc[table.columns].tolist()
@@ -71,8 +83,7 @@ class SweepResult:
             anti = bootstrap_mean((slope < 0).astype(float), seed=self.seed)
             rows.append(
                 {
-                    "vector": vector,
-                    "layer": layer,
+                    **dict(zip(self._axes, place, strict=True)),
                     "effect": effect.value,
                     "effect_low": effect.low,
                     "effect_high": effect.high,
@@ -96,8 +107,10 @@ class SweepResult:
     def verdict(self) -> str:
         """In words: whether the effect at the best layer is beyond zero and beyond every control.
 
-        Without controls in the sweep it says so.
+        Without controls in the sweep it says so. Where system prompts were swept, one line for each.
         """
+        if systems := self.by_system():
+            return "\n".join(f"system prompt {name!r}: {result.verdict()}" for name, result in systems.items())
         best, effects = self.best(), self.effects()
         at_best = effects[(effects["layer"] == best["layer"]) & (effects["vector"] != "vector")]
         others = at_best[at_best["vector"] != "letter-balanced"]  # a variant of the vector, not a null

@@ -80,7 +80,8 @@ def _completion_text(prompt: Prompt) -> Text:
 
 
 class Letter(Metric):
-    """Probability of the matching letter among those offered; `mass` is what they have together."""
+    """Probability of the matching letter among those offered; `mass` is what they have together, `preferred` whether it is the
+    likeliest of them."""
 
     name: MetricName = "letter"
     unit = "probability"
@@ -122,6 +123,7 @@ class Letter(Metric):
             "value": probabilities[:, 0] / mass,
             "effect": logprobs[0][:, 0] - others,
             "mass": mass,
+            "preferred": (logprobs[0][:, 0] > logprobs[0][:, 1:].max(1)).astype(float),
         }
 
 

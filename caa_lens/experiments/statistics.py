@@ -47,6 +47,40 @@ def bootstrap_mean(
     return Estimate(float(np.mean([group.mean() for group in groups])), float(low), float(high), len(values))
 
 
+class Change(NamedTuple):
+    """A mean paired difference with its bootstrap interval, a two-sided p-value and the number of items."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    n: int
+
+
+def paired_change(
+    before: Float[np.ndarray, " item"], after: Float[np.ndarray, " item"], *, level: float = 0.95, seed: int = 0
+) -> Change:
+    """Mean over items of after minus before, with a paired bootstrap interval and a sign-flip permutation test.
+
+        p = share of random sign patterns s with |sum s_i d_i| >= |sum d_i|,   d = after - before
+
+    The test is exact under the hypothesis that each item's difference is as likely to be the other way round, and counts
+    the observed pattern as one of the random ones, so that p is never 0.
+
+    Args:
+        before, after: the same items in the same order.
+        level: of the interval.
+        seed: of the resampling and of the signs.
+    """
+    differences = np.asarray(after, float) - np.asarray(before, float)
+    estimate = bootstrap_mean(differences, level=level, seed=seed)
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (N_RESAMPLES, len(differences)))
+    # Differences that are equal up to rounding are ties, which count.
+    observed = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
+    as_large = int((np.abs(signs @ differences) >= observed).sum())
+    return Change(estimate.value, estimate.low, estimate.high, (1 + as_large) / (1 + N_RESAMPLES), len(differences))
+
+
 def slopes(
     multipliers: Float[np.ndarray, " multiplier"], values: Float[np.ndarray, "multiplier item"]
 ) -> Float[np.ndarray, " item"]:

@@ -1,46 +1,26 @@
 """Scores over layers, multipliers, items and vectors in one table, beside their controls, resumable item by item.
 
-score[vector, layer, multiplier, item]: what `grid` runs and `scoring` makes of it; `result` says what it shows
+score[system prompt, vector, layer, multiplier, item]: what `runs` runs and `scoring` makes of it; `result` says what it shows
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from caa_lens.directions import Operator, add
 from caa_lens.errors import InputError
-from caa_lens.experiments.controls import with_controls
-from caa_lens.experiments.grid import grid_logprobs
 from caa_lens.experiments.result import SweepResult
+from caa_lens.experiments.runs import UNSTEERED, Setting, run_items, settings_for
 from caa_lens.experiments.scoring import Metric, MetricName, metric_for
-from caa_lens.files import atomic_path, digest
-from caa_lens.hooks import flatten, template_for
-from caa_lens.models import Model, check_layers, describe, tokenizer_of
+from caa_lens.hooks import template_for
+from caa_lens.models import Model, describe, tokenizer_of
 from caa_lens.pairs import PairSet
-from caa_lens.positions import Positions, check_positions, is_steered
 from caa_lens.prompts import Template
 from caa_lens.vector import SteeringVector, VectorSet
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One configuration of a sweep: a vector (by name) at its layer, times a multiplier; None is the unsteered model."""
-
-    vector: str
-    layer: int
-    multiplier: float
-    steering: SteeringVector | None
 
 
 def score(
@@ -66,7 +46,7 @@ def score(
         InputError: as in `sweep`.
     """
     if vector is None:
-        return _run(model, [Setting("none", -1, 0.0, None)], pairs, metric_for(pairs, metric), **options)
+        return _run(model, [UNSTEERED], pairs, metric_for(pairs, metric), **options)
     return sweep(model, VectorSet([vector]), pairs, metric=metric, multipliers=multipliers, **options)
 
 
@@ -93,8 +73,10 @@ def sweep(
         multipliers: at least one; 0 is the unsteered model, computed once.
         metric: `"letter"`, `"letter_published"` or `"logprob"`; by default by the kind of the pairs.
         controls: also run norm-matched controls: a number of random directions (True: 3) and the label-shuffled, letter and
-            letter-balanced vectors that `extract` made along.
+            letter-balanced vectors that the vectors carry from `extract`.
         others: further vectors to run beside, at the same norm: another behaviour's, by name.
+        systems: system prompts by name, each to run everything with, in place of the template's own; None stands for none
+            given. `pairs.system_prompts` holds those of a built-in behaviour. The table gets a column `system`.
         positions, operator, template: as in `steer`.
         batch_size: items run together; changes the speed only.
         seed: of the random controls and the bootstrap.
@@ -104,40 +86,25 @@ def sweep(
 
     Raises:
         InputError: an empty grid, an item that the metric cannot score, a prompt used in training, vectors that do
-            not fit, a `steer` context that is still open; all before the model runs.
+            not fit, a system prompt that the template cannot write, a `steer` context that is still open; all before the
+            model runs.
         MissingError: a layer that the vectors do not have.
 
     Example:
         >>> result = caa.sweep(model, vectors, held_out, layers=range(10, 20), controls=True)  # doctest: +SKIP
         >>> result.best(), result.verdict()  # doctest: +SKIP
     """
-    chosen = _at_layers(model, vectors, layers)
-    if not multipliers:
-        raise InputError("an empty grid: give at least one multiplier.")
-    pairs.require_disjoint(chosen.provenance.prompt_digests)
-    seed = int(options.get("seed", 0))
-    named = with_controls(chosen, n_random=3 if controls is True else int(controls), seed=seed, others=others)
-    settings = [
-        Setting(name, layer, float(m), m * group[layer] if m else None)
-        for name, group in named.items()
-        for layer in group
-        for m in sorted(set(multipliers))
-    ]
+    settings = settings_for(
+        model,
+        vectors,
+        layers=layers,
+        multipliers=multipliers,
+        controls=controls,
+        others=others,
+        seed=int(options.get("seed", 0)),
+    )
+    pairs.require_disjoint(vectors.provenance.prompt_digests)
     return _run(model, settings, pairs, metric_for(pairs, metric), **options)
-
-
-def _at_layers(model: Model, vectors: VectorSet | SteeringVector, layers: Sequence[int] | None) -> VectorSet:
-    flatten(model, vectors)
-    if layers is not None:
-        layers = check_layers(model, list(layers))
-    if isinstance(vectors, SteeringVector):
-        return VectorSet(
-            [vectors.at_layer(layer) if layer != vectors.layer else vectors for layer in layers or [vectors.layer]]
-        )
-    if layers is None:
-        return vectors
-    controls = {name: VectorSet([group[layer] for layer in layers]) for name, group in vectors.controls.items()}
-    return VectorSet([vectors[layer] for layer in layers], controls)
 
 
 def _run(
@@ -146,127 +113,72 @@ def _run(
     pairs: PairSet,
     metric: Metric,
     *,
-    positions: Positions = "after_instruction",
-    operator: Operator = add,
-    strength: float = 1.0,
+    systems: Mapping[str, str | None] | None = None,
     template: Template | None = None,
-    batch_size: int = 16,
     seed: int = 0,
-    store: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> SweepResult:
-    if is_steered(model):
-        raise InputError("score() and sweep() steer by themselves; leave the steer() context and pass the vector.")
-    check_positions(positions)
-    if isinstance(positions, Tensor):
-        raise InputError(
-            "a position mask fits one prompt; score() and sweep() take a named choice, a slice or a function."
-        )
     info, tokenizer, chosen = describe(model), tokenizer_of(model), template_for(model, template)
-    items = [metric.texts(tokenizer, chosen, pair) for pair in pairs]
-    for pair, texts in zip(pairs, items, strict=True):
-        info.require_room(pair, max(text.targets[-1][0] for text in texts))
-    made = {
-        "model": info.name,
-        "revision": info.revision,
+    written = {None: chosen} if systems is None else _under_systems(tokenizer, chosen, systems)
+    items = [[metric.texts(tokenizer, template, pair) for template in written.values()] for pair in pairs]
+    for pair, by_system in zip(pairs, items, strict=True):
+        info.require_room(pair, max(text.targets[-1][0] for texts in by_system for text in texts))
+    about = {
         "metric": metric.name,
         "pairs": pairs.name,
         "pairs_hash": pairs.hash,
         "template": repr(chosen),
-        "positions": getattr(positions, "__name__", str(positions)),
-        "operator": getattr(operator, "__name__", str(operator)),
-        "strength": strength,
-        "settings": [[s.vector, s.layer, s.multiplier] for s in settings],
-        "vectors": digest([s.steering.tensor.tolist() if s.steering else None for s in settings]),
-        "texts": digest([[text.ids for text in texts] for texts in items]),
+        "systems": None if systems is None else dict(systems),
         "seed": seed,
-        "versions": {name: version(name) for name in ("caa-lens", "transformer-lens", "transformers", "torch")},
     }
-    done = _Store(store, made)
-    missing = [number for number in range(len(items)) if number not in done.found]
-    flat = [(number, side, text) for number in missing for side, text in enumerate(items[number])]
-    waiting: dict[int, dict[int, Any]] = {}
-    with tqdm(
-        total=len(items), initial=len(done.found), desc=f"score {pairs.name}", unit="item", disable=not progress
-    ) as bar:
-        distinct, place = _distinct([setting.steering for setting in settings])
-        grid = grid_logprobs(
-            model,
-            [text for _, _, text in flat],
-            distinct,
-            positions=positions,
-            operator=operator,
-            strength=strength,
-            batch_size=batch_size,
-        )
-        for index, logprobs in grid:
-            number, side, _ = flat[index]
-            waiting.setdefault(number, {})[side] = logprobs[place].numpy()
-            if len(waiting[number]) == len(items[number]):
-                sides = waiting.pop(number)
-                done.add(number, [sides[side] for side in range(len(sides))])
-                bar.update()
-    return SweepResult(_item_table(pairs, settings, metric, done.found), metric, made, seed)
+    flat = [[text for texts in by_system for text in texts] for by_system in items]
+    found, made = run_items(model, settings, flat, about, label=f"score {pairs.name}", **options)
+    return SweepResult(_item_table(pairs, settings, metric, list(written), found), metric, made, seed)
 
 
-def _distinct(vectors: Sequence[SteeringVector | None]) -> tuple[list[SteeringVector | None], list[int]]:
-    """Settings to run, the unsteered model once, and each setting's place among them."""
-    distinct: list[SteeringVector | None] = []
-    place: list[int] = []
-    unsteered: int | None = None
-    for vector in vectors:
-        if vector is None and unsteered is not None:
-            place.append(unsteered)
+def _under_systems(tokenizer: Any, template: Template, systems: Mapping[str, str | None]) -> dict[str | None, Template]:
+    """The template with each system prompt in place of its own.
+
+    Raises:
+        InputError: no system prompt, an empty one, or a template that leaves it out of the text.
+    """
+    if not systems:
+        raise InputError("systems={} is an empty grid; leave it out, or give {'none': None, 'positive': '...'}.")
+    written: dict[str | None, Template] = {}
+    for name, prompt in systems.items():
+        written[name] = replace(template, system_prompt=prompt)
+        if prompt is None:
             continue
-        place.append(len(distinct))
-        distinct.append(vector)
-        unsteered = place[-1] if vector is None else unsteered
-    return distinct, place
-
-
-class _Store:
-    """Log-probabilities of finished items, in memory and, if a folder is given, one file an item."""
-
-    def __init__(self, folder: str | os.PathLike[str] | None, made: dict[str, Any]) -> None:
-        self.folder = Path(folder) if folder is not None else None
-        self.found: dict[int, list[np.ndarray]] = {}
-        if self.folder is None:
-            return
-        signature = digest({key: value for key, value in made.items() if key != "versions"})
-        about = self.folder / "about.json"
-        if about.exists():
-            if json.loads(about.read_text(encoding="utf-8")).get("signature") != signature:
-                raise InputError(f"{self.folder} holds another sweep; give another folder, or delete this one.")
-            for file in self.folder.glob("item-*.json"):
-                rows = json.loads(file.read_text(encoding="utf-8"))
-                self.found[int(file.stem.removeprefix("item-"))] = [np.array(row, dtype=np.float32) for row in rows]
-        else:
-            with atomic_path(about) as temporary:
-                temporary.write_text(json.dumps({"signature": signature, **made}, indent=1), encoding="utf-8")
-
-    def add(self, number: int, logprobs: list[np.ndarray]) -> None:
-        self.found[number] = logprobs
-        if self.folder is not None:
-            with atomic_path(self.folder / f"item-{number:06d}.json") as temporary:
-                temporary.write_text(json.dumps([row.tolist() for row in logprobs]), encoding="utf-8")
+        if not prompt.strip():
+            raise InputError(f"the system prompt {name!r} is empty; None stands for no system prompt.")
+        if prompt.strip() not in written[name].encode(tokenizer, "?").text:
+            raise InputError(
+                f"{type(template).__name__} does not write the system prompt {name!r} into the text: this tokenizer's chat "
+                "template knows none. Leave systems= out, or use another template=."
+            )
+    return written
 
 
 def _item_table(
-    pairs: PairSet, settings: Sequence[Setting], metric: Metric, found: dict[int, list[np.ndarray]]
+    pairs: PairSet,
+    settings: Sequence[Setting],
+    metric: Metric,
+    systems: Sequence[str | None],
+    found: Sequence[Sequence[np.ndarray]],
 ) -> pd.DataFrame:
     frames = []
-    for number, pair in enumerate(pairs):
-        values = metric.values(pair, found[number])
-        frames.append(
-            pd.DataFrame(
-                {
-                    "item": number,
-                    "key": pair.key,
-                    "vector": [setting.vector for setting in settings],
-                    "layer": [setting.layer for setting in settings],
-                    "multiplier": [setting.multiplier for setting in settings],
-                    **values,
-                }
-            )
-        )
+    for number, (pair, logprobs) in enumerate(zip(pairs, found, strict=True)):
+        n_texts = len(logprobs) // len(systems)
+        for k, system in enumerate(systems):
+            axes = {
+                "item": number,
+                "key": pair.key,
+                "system": system,
+                "vector": [setting.vector for setting in settings],
+                "layer": [setting.layer for setting in settings],
+                "multiplier": [setting.multiplier for setting in settings],
+            }
+            if system is None:
+                del axes["system"]
+            frames.append(pd.DataFrame({**axes, **metric.values(pair, logprobs[k * n_texts : (k + 1) * n_texts])}))
     return pd.concat(frames, ignore_index=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ from caa_lens.models.base import (
     select_positions,
     whole_mask,
 )
+from caa_lens.models.readout import unembed_each
+
+SEGMENTS = 512
+"""Tokens of all branches that stand side by side in one row; attention among them grows with the square."""
 
 
 def basis(model: Model) -> Basis:
@@ -51,7 +56,7 @@ def run(
     out = model(
         tokens,
         attention_mask=whole,
-        position_ids=(whole.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :],
+        position_ids=_position_ids(whole, tokens.shape[1]),
         return_type="logits_and_cache",
         logits_to_keep=max(logits, 1),
         **options,
@@ -59,6 +64,11 @@ def run(
     if "stop_at_layer" in options:
         return None, None
     return (out[0] if logits else None), (Prefix(out[1], whole) if grow else None)
+
+
+def _position_ids(whole: Int[Tensor, "batch all"], length: int) -> Int[Tensor, "batch pos"]:
+    """Each of the last tokens' position among the real ones of its row."""
+    return (whole.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
 
 
 def run_branches(
@@ -70,9 +80,71 @@ def run_branches(
     readout: Callable[[Float[Tensor, "batch read d_vocab"]], Tensor],
     at: Int[Tensor, "batch read"],
 ) -> list[Tensor]:
-    """Every branch as a copy of the batch's rows; a layer's hook changes the rows of its own branches."""
-    batch, length = tokens.shape
-    copies = len(branches)
+    """Every branch as a segment of its row behind the shared cache, or as a copy of the rows where that cannot be.
+
+    Segments stand side by side along the positions; each has the positions of the first and sees the prefix and itself only, so
+    that the cache is not copied. A layer's hook changes the segments (or rows) of its own branches.
+    """
+    if past is not None and _takes_segments(model):
+        together = max(1, SEGMENTS // tokens.shape[1])
+        return [
+            found
+            for first in range(0, len(branches), together)
+            for found in _run_segments(model, tokens, mask, past, branches[first : first + together], readout, at)
+        ]
+    index = torch.arange(tokens.shape[0], device=tokens.device).repeat(len(branches))
+    with _branching(model, branches, tokens.shape[0], 0) as read:
+        run(model, tokens[index], mask[index], past.rows(index) if past else None, False, 0, None)
+    return list(map(readout, unembed_each(model, read(at))))
+
+
+def _takes_segments(model: Model) -> bool:
+    """Whether attention depends on positions and mask as given, over the whole context, and no user's hook sees the layout."""
+    config = model.original_model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    whole = all(k == "full_attention" for k in kinds) if kinds else not getattr(config, "sliding_window", None)
+    positions = str(getattr(model.cfg, "positional_embedding_type", None))
+    return whole and positions in ("rotary", "standard") and not any(p.fwd_hooks for p in model.hook_dict.values())
+
+
+def _run_segments(
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    past: Prefix,
+    branches: Sequence[Branch],
+    readout: Callable[[Float[Tensor, "batch read d_vocab"]], Tensor],
+    at: Int[Tensor, "batch read"],
+) -> list[Tensor]:
+    copies, length = len(branches), tokens.shape[1]
+    own = torch.block_diag(*[mask.new_ones(length, length).tril()] * copies).bool()
+    allowed = torch.cat(
+        [
+            past.mask.bool().unsqueeze(1).expand(-1, copies * length, -1),
+            own & mask.bool().repeat(1, copies).unsqueeze(1),
+        ],
+        -1,
+    )
+    dtype = next(model.parameters()).dtype
+    additive = torch.zeros(allowed.shape, dtype=dtype, device=tokens.device)
+    additive.masked_fill_(~allowed, torch.finfo(dtype).min)
+    with _branching(model, branches, length, 1) as read:
+        model(
+            tokens.repeat(1, copies),
+            attention_mask=additive.unsqueeze(1),
+            position_ids=_position_ids(whole_mask(mask, past), length).repeat(1, copies),
+            past_key_values=copy.deepcopy(past.cache),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return list(map(readout, unembed_each(model, read(at))))
+
+
+@contextmanager
+def _branching(
+    model: Model, branches: Sequence[Branch], size: int, axis: int
+) -> Iterator[Callable[[Int[Tensor, "batch read"]], list[Float[Tensor, "batch read d_model"]]]]:
+    """Hooks that change each branch's part, of `size` along `axis`; yields what reads the parts' last `resid_post`."""
     at_layer: dict[int, list[int]] = {}
     for number, branch in enumerate(branches):
         if branch.layer is not None:
@@ -80,18 +152,18 @@ def run_branches(
 
     def branch_at(layer: int, numbers: Sequence[int]) -> Hook:
         def branch_hook(activations: Tensor, hook: Any) -> Tensor:
-            parts = list(activations.split(batch))
+            parts = list(activations.split(size, axis))
             for number in numbers:
                 parts[number] = branches[number].change(parts[number])
-            return torch.cat(parts)
+            return torch.cat(parts, axis)
 
         return resid_post(layer), branch_hook
 
-    index = torch.arange(batch, device=tokens.device).repeat(copies)
-    with model.hooks(fwd_hooks=[branch_at(layer, numbers) for layer, numbers in at_layer.items()]):
-        logits, _ = run(model, tokens[index], mask[index], past.rows(index) if past else None, False, length, None)
-    assert logits is not None
-    return [readout(select_positions(part, at)) for part in logits.split(batch)]
+    final: list[Tensor] = []
+    added: list[Hook] = [branch_at(layer, numbers) for layer, numbers in at_layer.items()]
+    added.append((resid_post(model.cfg.n_layers - 1), lambda activations, hook: final.append(activations)))
+    with model.hooks(fwd_hooks=added):
+        yield lambda at: [select_positions(part, at) for part in final[0].split(size, axis)]
 
 
 def watch(model: Model, watcher: Callable[[Inputs], None]) -> list[Any]:

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from caa_lens.models import shared_prefix
 from caa_lens.models.base import Basis, Branch, Inputs, Model, Prefix, is_centred, select_positions, whole_mask
-
-LOGITS = 2**24
-"""Numbers in the largest tensor of logits that branches make together."""
+from caa_lens.models.readout import unembed, unembed_each
 
 
 def basis(model: Model) -> Basis:
@@ -44,15 +42,6 @@ def run(
     residual = model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=stop)
     grown = Prefix(cache, whole_mask(mask, past)) if grow else None
     return (unembed(model, residual[:, -logits:]) if logits else None), grown
-
-
-def unembed(model: Model, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
-    """Logits from the last block's output."""
-    if model.cfg.normalization_type is not None:
-        residual = model.ln_final(residual)
-    logits = model.unembed(residual)
-    cap = getattr(model.cfg, "output_logits_soft_cap", -1.0)
-    return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
 def run_branches(
@@ -86,14 +75,7 @@ def run_branches(
         stream = torch.cat([stream, *(branches[number].change(stream[:batch]) for number in joining)])
         rows += joining
     read = [select_positions(part, at) for part in stream.split(batch)]
-    # A few branches' logits at a time: those of all of them would be the largest tensor by far.
-    together = max(1, LOGITS // (at.numel() * model.cfg.d_vocab))
-    logits = (
-        part
-        for first in range(0, len(read), together)
-        for part in unembed(model, torch.cat(read[first : first + together])).split(batch)
-    )
-    found = dict(zip([None, *rows], map(readout, logits), strict=True))
+    found = dict(zip([None, *rows], map(readout, unembed_each(model, read)), strict=True))
     return [found[None if branch.layer is None else number] for number, branch in enumerate(branches)]
 
 

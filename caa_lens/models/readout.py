@@ -5,11 +5,16 @@ norm(x) = A x / scale(x) + b        A: gain (and centring, for LayerNorm);  scal
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from caa_lens.models.base import Model
+
+LOGITS = 2**24
+"""Numbers in the largest tensor of logits that is made for several streams together."""
 
 
 def to_readout(model: Model, stream: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
@@ -33,7 +38,19 @@ def normed(
 
 def unembed(model: Model, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits of a stream as if it were the last block's output, soft cap and biases included."""
-    return capped(model, model.unembed(normed(model, residual)[0]))
+    if model.cfg.normalization_type is not None:
+        residual = model.ln_final(residual)
+    return capped(model, model.unembed(residual))
+
+
+def unembed_each(
+    model: Model, streams: Sequence[Float[Tensor, "batch read d_model"]]
+) -> Iterator[Float[Tensor, "batch read d_vocab"]]:
+    """Logits of each stream: several at a time, but not of all, which would be the largest tensor by far."""
+    batch, read = streams[0].shape[:2]
+    together = max(1, LOGITS // (batch * read * model.cfg.d_vocab))
+    for first in range(0, len(streams), together):
+        yield from unembed(model, torch.cat(list(streams[first : first + together]))).split(batch)
 
 
 def capped(model: Model, logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:

@@ -1,0 +1,195 @@
+"""Running items under many settings: exactly, each shared part once, and resumable item by item.
+
+    result[item][text][setting, target]      a setting = a vector of one layer times a multiplier
+
+What an item is (a pair under a metric, a window of a text) is up to the caller; `grid` does the running.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from caa_lens.directions import Operator, add
+from caa_lens.errors import InputError
+from caa_lens.experiments.controls import with_controls
+from caa_lens.experiments.grid import Text, grid_logprobs
+from caa_lens.files import atomic_path, digest
+from caa_lens.hooks import flatten
+from caa_lens.models import Model, check_layers, describe
+from caa_lens.positions import Positions, check_positions, is_steered
+from caa_lens.vector import SteeringVector, VectorSet
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One configuration: a vector (by name) at its layer, times a multiplier; `steering=None` is the unsteered model."""
+
+    vector: str
+    layer: int
+    multiplier: float
+    steering: SteeringVector | None
+
+
+UNSTEERED = Setting("none", -1, 0.0, None)
+
+
+def settings_for(
+    model: Model,
+    vectors: VectorSet | SteeringVector,
+    *,
+    layers: Sequence[int] | None = None,
+    multipliers: Sequence[float] = (-1.0, 0.0, 1.0),
+    controls: bool | int = False,
+    others: Mapping[str, VectorSet] | None = None,
+    seed: int = 0,
+) -> list[Setting]:
+    """Every vector and control at every layer and multiplier; arguments as in `sweep`.
+
+    Raises:
+        InputError: no multiplier or layer, vectors that do not fit the model, a control's name that is taken.
+        MissingError: a layer that the model or the vectors do not have.
+    """
+    chosen = _at_layers(model, vectors, layers)
+    if not multipliers:
+        raise InputError("an empty grid: give at least one multiplier.")
+    named = with_controls(chosen, n_random=3 if controls is True else int(controls), seed=seed, others=others)
+    return [
+        Setting(name, layer, float(m), m * group[layer] if m else None)
+        for name, group in named.items()
+        for layer in group
+        for m in sorted(set(multipliers))
+    ]
+
+
+def _at_layers(model: Model, vectors: VectorSet | SteeringVector, layers: Sequence[int] | None) -> VectorSet:
+    flatten(model, vectors)
+    if layers is not None:
+        layers = check_layers(model, list(layers))
+    if isinstance(vectors, SteeringVector):
+        return VectorSet([vectors.at_layer(layer) for layer in layers or [vectors.layer]])
+    return vectors if layers is None else VectorSet([vectors[layer] for layer in layers])
+
+
+def run_items(
+    model: Model,
+    settings: Sequence[Setting],
+    items: Sequence[Sequence[Text]],
+    about: Mapping[str, Any],
+    *,
+    label: str,
+    positions: Positions = "after_instruction",
+    operator: Operator = add,
+    strength: float = 1.0,
+    batch_size: int = 16,
+    store: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> tuple[list[list[np.ndarray]], dict[str, Any]]:
+    """Log-probabilities of every item's targets under every setting.
+
+    Args:
+        settings: what to steer with; the unsteered model is run once, however many settings ask for it.
+        items: each one's texts.
+        about: what the caller knows of the items, for the provenance.
+        label: of the progress bar.
+        positions, operator, strength, batch_size, store, progress: as in `sweep`.
+
+    Returns:
+        For every item one array `[setting, target]` a text; and the provenance: `about` with model, settings, digests
+        of vectors and texts, and versions.
+
+    Raises:
+        InputError: positions that fit one prompt only, an open `steer` context, or a store of another run.
+    """
+    if is_steered(model):
+        raise InputError("this measurement steers by itself; leave the steer() context and pass the vector.")
+    check_positions(positions)
+    if isinstance(positions, Tensor):
+        raise InputError("a position mask fits one prompt; take a named choice, a slice or a function.")
+    info = describe(model)
+    made = {
+        "model": info.name,
+        "revision": info.revision,
+        **about,
+        "positions": getattr(positions, "__name__", str(positions)),
+        "operator": getattr(operator, "__name__", str(operator)),
+        "strength": strength,
+        "settings": [[s.vector, s.layer, s.multiplier] for s in settings],
+        "vectors": digest([s.steering.tensor.tolist() if s.steering else None for s in settings]),
+        "texts": digest([[text.ids for text in texts] for texts in items]),
+        "versions": {name: version(name) for name in ("caa-lens", "transformer-lens", "transformers", "torch")},
+    }
+    done = _Store(store, made)
+    missing = [number for number in range(len(items)) if number not in done.found]
+    flat = [(number, side, text) for number in missing for side, text in enumerate(items[number])]
+    waiting: dict[int, dict[int, np.ndarray]] = {}
+    with tqdm(total=len(items), initial=len(done.found), desc=label, unit="item", disable=not progress) as bar:
+        distinct, place = _distinct([setting.steering for setting in settings])
+        grid = grid_logprobs(
+            model,
+            [text for _, _, text in flat],
+            distinct,
+            positions=positions,
+            operator=operator,
+            strength=strength,
+            batch_size=batch_size,
+        )
+        for index, logprobs in grid:
+            number, side, _ = flat[index]
+            waiting.setdefault(number, {})[side] = logprobs[place].numpy()
+            if len(waiting[number]) == len(items[number]):
+                sides = waiting.pop(number)
+                done.add(number, [sides[side] for side in range(len(sides))])
+                bar.update()
+    return [done.found[number] for number in range(len(items))], made
+
+
+def _distinct(vectors: Sequence[SteeringVector | None]) -> tuple[list[SteeringVector | None], list[int]]:
+    """Settings to run, the unsteered model once, and each setting's place among them."""
+    distinct: list[SteeringVector | None] = []
+    place: list[int] = []
+    unsteered: int | None = None
+    for vector in vectors:
+        if vector is None and unsteered is not None:
+            place.append(unsteered)
+            continue
+        place.append(len(distinct))
+        distinct.append(vector)
+        unsteered = place[-1] if vector is None else unsteered
+    return distinct, place
+
+
+class _Store:
+    """Log-probabilities of finished items, in memory and, if a folder is given, one file an item."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None, made: dict[str, Any]) -> None:
+        self.folder = Path(folder) if folder is not None else None
+        self.found: dict[int, list[np.ndarray]] = {}
+        if self.folder is None:
+            return
+        signature = digest({key: value for key, value in made.items() if key != "versions"})
+        about = self.folder / "about.json"
+        if about.exists():
+            if json.loads(about.read_text(encoding="utf-8")).get("signature") != signature:
+                raise InputError(f"{self.folder} holds another sweep; give another folder, or delete this one.")
+            for file in self.folder.glob("item-*.json"):
+                rows = json.loads(file.read_text(encoding="utf-8"))
+                self.found[int(file.stem.removeprefix("item-"))] = [np.array(row, dtype=np.float32) for row in rows]
+        else:
+            with atomic_path(about) as temporary:
+                temporary.write_text(json.dumps({"signature": signature, **made}, indent=1), encoding="utf-8")
+
+    def add(self, number: int, logprobs: list[np.ndarray]) -> None:
+        self.found[number] = logprobs
+        if self.folder is not None:
+            with atomic_path(self.folder / f"item-{number:06d}.json") as temporary:
+                temporary.write_text(json.dumps([row.tolist() for row in logprobs]), encoding="utf-8")
