@@ -120,8 +120,8 @@ def pair_case(
 ) -> Case:
     """One contrast pair: a vector's target (side None), or one side as the source and the other as the target.
 
-    A vector is read where the pair's completions begin to differ. Two sides differ there already: they are read where they
-    differ again, or behind the whole completions, where `answers` begin to differ.
+    A vector is read where the pair's completions begin to differ. Two sides differ there already: they are read at the last
+    token that differs while both go on, or behind the whole completions, where `answers` begin to differ.
     """
     where = pair.origin or f"the pair with prompt {pair.prompt[:60]!r}"
     texts = answers(pair) if callable(answers) else answers
@@ -137,8 +137,9 @@ def pair_case(
             raise InputError(f"{where}: the answers {texts} begin with other tokens behind one side than the other.")
     else:
         both = template.encode_pair(tokenizer, pair)
-        again = _first_difference(both.positive.ids, both.negative.ids, both.answer + 1)
-        if again is None:
+        ids = list(zip(both.positive.ids, both.negative.ids, strict=False))
+        again = max(index for index, (a, b) in enumerate(ids) if a != b)
+        if again == both.answer:
             raise InputError(
                 f"{where}: behind the token at which they differ both completions go on alike, so no next token tells the "
                 "two sides apart; give answers=, the two texts to compare behind the completions (or a function of "
@@ -223,11 +224,7 @@ def _question(
 ) -> tuple[Run, tuple[int, int]]:
     """The run that ends before the first token at which the answers differ, and the two tokens there."""
     positive, negative = (template.encode(tokenizer, conversation, completion + answer) for answer in answers)
-    at = _first_difference(positive.ids, negative.ids, 0)
+    at = next((i for i, (a, b) in enumerate(zip(positive.ids, negative.ids, strict=False)) if a != b), None)
     if at is None:
         raise InputError(f"{where}: no token tells the answers {answers} apart; give two that differ in a token.")
     return Run.of(positive, at), (positive.ids[at], negative.ids[at])
-
-
-def _first_difference(a: Sequence[int], b: Sequence[int], start: int) -> int | None:
-    return next((i for i in range(start, min(len(a), len(b))) if a[i] != b[i]), None)

@@ -5,7 +5,7 @@
 A hook never edits in place (an earlier hook may have stored the same tensor) and never promotes the residual stream's dtype.
 Several vectors act in the order given. Hooks at one point act in the order in which they were added: a user's hook that was added
 before sees unsteered activations, one added inside the context or passed to `run_with_hooks` sees steered ones, and so
-does `run_with_cache`.
+does `run_with_cache`. Where SAELens has spliced an SAE in at the same point, the vector is added to what the SAE gives out.
 """
 
 from __future__ import annotations

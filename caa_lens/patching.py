@@ -142,8 +142,8 @@ def patch(
             -1), slices, or names of the template's spans (`"prefix"`, `"instruction_end"`, `"completion"`), each patched
             as a whole. By default every token by itself, for runs of equal length.
         answers: the two continuations whose first differing tokens are compared, positive first; or a function of a pair that
-            returns them. Needed for texts. Pairs are read by default where their completions differ (a vector) or
-            differ again (a side).
+            returns them. Needed for texts. By default a vector is read where the pair's completions begin to differ; two sides
+            at the last token that differs while both go on, so that what differs before it is what can be patched.
         mode: `"replace"` or `"add"`; by default a run's activations replace, a vector is added.
         window: how many layers are patched together, from each layer upwards.
         template: how prompts are written; the model's default otherwise.

@@ -69,7 +69,7 @@ def plot_heatmap(
     figure, ax = axes_of(ax, min(3 + 0.26 * len(columns), 14), min(1.6 + 0.17 * len(rows), 9))
     largest = float(values.abs().max()) or 1.0
     image = ax.pcolormesh(values.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest, rasterized=True)
-    figure.colorbar(image, ax=ax, label=label, pad=0.02)
+    _colour_bar(figure, image, ax, label)
     _ticks(ax, rows, columns)
     ax.set(ylabel=row_label, xlabel=column_label, title=title)
     return figure
@@ -88,7 +88,7 @@ def plot_lens(
     width = 0.085 * max(longest, 5) + 0.1
     figure, ax = axes_of(ax, 1.9 + width * len(tokens), 1.5 + 0.2 * len(layers))
     image = ax.pcolormesh(probabilities.numpy(), cmap="Blues", vmin=0, vmax=1, rasterized=True)
-    figure.colorbar(image, ax=ax, label="probability of the token", pad=0.02)
+    _colour_bar(figure, image, ax, "probability of the token")
     for y, row in enumerate(words):
         for x, word in enumerate(row):
             text = _visible(word)
@@ -112,7 +112,7 @@ def plot_similarity(similarity: Similarity, *, ax: Axes | None = None) -> Figure
     n = len(similarity.names)
     figure, ax = axes_of(ax, 6.4, 5.4)
     image = ax.pcolormesh(similarity.values.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, rasterized=True)
-    figure.colorbar(image, ax=ax, label="cosine similarity", pad=0.02)
+    _colour_bar(figure, image, ax, "cosine similarity")
     names = list(dict.fromkeys(similarity.names))
     if len(names) == 1:
         _ticks(ax, similarity.layers, similarity.layers)
@@ -228,9 +228,12 @@ def _ticks(ax: Any, rows: Sequence[int | str], columns: Sequence[int | str]) -> 
 
 
 def _visible(token: str) -> str:
-    """A token with its white space shown."""
-    return (
-        token.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
-        .replace("\t", "\N{RIGHTWARDS ARROW}")
-        .replace(" ", "\N{OPEN BOX}")
-    )
+    """A token with its white space and control characters shown."""
+    shown = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW}", " ": "\N{OPEN BOX}"}
+    return "".join(shown.get(c) or (c if c.isprintable() else ascii(c)[1:-1]) for c in token)
+
+
+def _colour_bar(figure: Figure, image: Any, ax: Any, label: str) -> None:
+    bar = figure.colorbar(image, ax=ax, pad=0.02)
+    bar.set_label(label, size=8)
+    bar.ax.tick_params(labelsize=7)

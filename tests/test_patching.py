@@ -86,6 +86,18 @@ def test_each_layer_and_position_equals_a_run_with_hooks(model, mode, window):
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
+def test_transformerlens_own_patching_gives_the_same_effects(model):
+    """`get_act_patch_resid_pre` of layer l + 1 patches the output of block l."""
+    from transformer_lens import patching as lens
+
+    result = caa.patch(model, SOURCE, TARGET, answers=ANSWERS, progress=False)
+    source, target = (torch.tensor([ids_of(model, text)]) for text in (SOURCE, TARGET))
+    with torch.no_grad():
+        _, cache = model.run_with_cache(source)
+        theirs = lens.get_act_patch_resid_pre(model, target, cache, lambda x: torch.tensor(difference(model, x[0, -1])))
+    torch.testing.assert_close(result.patched[0, :2], theirs[1:], **CLOSE)
+
+
 def test_prompts_of_different_length_are_matched_from_the_end(model):
     short = "Grey?"
     ids, others = ids_of(model, short), ids_of(model, SOURCE)

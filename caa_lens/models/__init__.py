@@ -195,12 +195,13 @@ def run_branches(
 def hooks(model: Model, added: Sequence[Hook]) -> Iterator[Callable[[], None]]:
     """Adds forward hooks for the block's duration; yields a function that puts them back if `reset_hooks()` removed them.
 
+    Where SAELens has put an SAE in the place of a hook point, the hooks act on what the SAE gives out.
+
     Raises:
         MissingError: the model has no hook point of that name (TransformerLens' own context ignores it on some versions).
+        InputError: (when putting back) an SAE was put in the place of a hook point, or taken out of it, inside the block.
     """
-    for name, _ in added:
-        if name not in model.hook_dict:
-            raise MissingError(f"{describe(model).name} has no hook point {name!r}; model.hook_dict lists them.")
+    added = [(_point_name(model, name), function) for name, function in added]
     points = [model.hook_dict[name] for name, _ in added]
 
     with ExitStack() as stack:
@@ -217,6 +218,13 @@ def hooks(model: Model, added: Sequence[Hook]) -> Iterator[Callable[[], None]]:
 
         def restore() -> None:
             nonlocal installed
+            if hasattr(model, "acts_to_saes") and any(
+                model.hook_dict.get(name) is not point for (name, _), point in zip(added, points, strict=True)
+            ):
+                raise InputError(
+                    "an SAE was spliced in or removed where the model is steered, which takes the steering hooks away; "
+                    "splice it in first and enter steer() inside."
+                )
             present = all(
                 any(handle is other for other in point.fwd_hooks)
                 for point, handles in zip(points, installed, strict=True)
@@ -233,6 +241,14 @@ def hooks(model: Model, added: Sequence[Hook]) -> Iterator[Callable[[], None]]:
             installed = install()
 
         yield restore
+
+
+def _point_name(model: Model, name: str) -> str:
+    known = model.hook_dict
+    found = next((each for each in (name, f"{name}.hook_sae_output") if each in known), None)
+    if found is None:
+        raise MissingError(f"{describe(model).name} has no hook point {name!r}; model.hook_dict lists them.")
+    return found
 
 
 @contextmanager
