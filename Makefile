@@ -25,8 +25,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed
-	$(BIN)/python tests/bench/bench.py
+# The libraries that the benchmark compares with need an older transformers.
+.venv-bench/.installed: .ci/constraints-bench.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint $< torch steering-vectors repeng
+	touch $@
+
+bench: $(VENV)/.installed .venv-bench/.installed
+	$(BIN)/python tests/bench/bench.py --others .venv-bench/bin/python --write
 
 clean:
-	rm -rf .venv .venv-tl4 out
+	rm -rf .venv .venv-tl4 .venv-bench out
