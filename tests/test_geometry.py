@@ -95,7 +95,7 @@ def test_auroc_is_scikit_learns_ties_included():
 
 
 def test_separability_is_that_of_held_out_pairs():
-    train, held_out = planted(40, 2, shift=0.3), planted(25, 3, shift=0.3)
+    train, held_out = planted(40, 2, shift=0.5), planted(25, 3, shift=0.5)
     found = caa.separability(train, held_out, n_shuffles=200)
     for row, layer in enumerate(found.layers):
         direction = (train[layer][0] - train[layer][1]).double().mean(0)
