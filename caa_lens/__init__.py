@@ -16,11 +16,15 @@ from caa_lens.experiments.controls import learning_curve
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.sweep import score, sweep
 from caa_lens.extraction import extract
+from caa_lens.geometry import norms, pca, similarity
 from caa_lens.hooks import steering_hooks
+from caa_lens.logits import logit_attribution, logit_lens
 from caa_lens.models import load_model
 from caa_lens.pairs import ContrastPair, PairSet, behaviours, load_pairs
+from caa_lens.patching import PatchResult, patch
 from caa_lens.prompts import ChatTemplate, Llama2Base, Llama2Chat, Plain, Template
 from caa_lens.provenance import Provenance
+from caa_lens.separation import separability
 from caa_lens.steering import generate, show_positions, steer
 from caa_lens.storage import load_vectors
 from caa_lens.vector import SteeringVector, VectorSet, normalize_across
@@ -48,6 +52,14 @@ __all__ = [
     "sweep",
     "SweepResult",
     "learning_curve",
+    "patch",
+    "PatchResult",
+    "logit_attribution",
+    "logit_lens",
+    "similarity",
+    "pca",
+    "separability",
+    "norms",
     "add",
     "ablate",
     "clamp",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ class PairActivations:
     index: tuple[int, ...]
     positive: Float[Tensor, "pair layer d_model"]
     negative: Float[Tensor, "pair layer d_model"]
+
+
+Activations = str | os.PathLike[str] | Mapping[int, tuple[Float[Tensor, "_ d_model"], Float[Tensor, "_ d_model"]]]
+"""A store written by `extract(..., store=...)`, or {layer: (positive, negative)}."""
 
 
 def open_store(folder: Path, signature: str, about: Mapping[str, Any]) -> Path:
@@ -94,12 +98,7 @@ def load_activations(
         InputError: there is no store, it is incomplete, or it has no such layer.
     """
     folder = Path(store)
-    try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"{folder} holds no stored activations ({error}); make them with extract(..., store=...)."
-        ) from error
+    about = _read_about(folder)
     if layer not in about["layers"]:
         raise InputError(f"{folder} has the layers {about['layers']}, not {layer}.")
     row = about["layers"].index(layer)
@@ -115,3 +114,38 @@ def load_activations(
                 found |= zip(file.get_tensor("index").tolist(), file.get_slice(side)[:, row], strict=True)
     positive, negative = (torch.stack([found[i] for i in range(about["n_pairs"])]) for found in sides.values())
     return positive, negative
+
+
+def layers_of(activations: Activations, layers: Sequence[int] | None = None) -> list[int]:
+    """The layers asked for, all that are there by default.
+
+    Raises:
+        InputError: there is no store, or no such layer in it.
+    """
+    there = tuple(activations) if isinstance(activations, Mapping) else tuple(_read_about(Path(activations))["layers"])
+    chosen = list(there if layers is None else layers)
+    missing = [layer for layer in chosen if layer not in there]
+    if missing or not chosen:
+        raise InputError(
+            f"no activations of layer {', '.join(map(str, missing)) or '(none asked for)'}; there are "
+            f"{', '.join(map(str, there))}."
+        )
+    return chosen
+
+
+def sides_of(
+    activations: Activations, layer: int
+) -> tuple[Float[Tensor, "pair d_model"], Float[Tensor, "pair d_model"]]:
+    """Positive and negative activations of one layer, on the CPU."""
+    both = activations[layer] if isinstance(activations, Mapping) else load_activations(activations, layer)
+    positive, negative = (side.cpu() for side in both)
+    return positive, negative
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{folder} holds no stored activations ({error}); make them with extract(..., store=...)."
+        ) from error

@@ -120,11 +120,16 @@ def test_not_a_lens_model(byte_tokenizer, pairs):
         caa.extract(tiny_llama(len(byte_tokenizer)), pairs)
 
 
-def processed_gpt2(byte_tokenizer, kind, *, processed):
-    """The same tiny GPT-2, with TransformerLens' default processing (LayerNorm folded, writing weights centred) or raw."""
+def processed_gpt2(byte_tokenizer, kind, *, processed, gain=False):
+    """The same tiny GPT-2, with TransformerLens' default processing (LayerNorm folded, writing weights centred) or raw;
+    its final norm may have a gain and a bias of its own."""
     torch.manual_seed(3)
     config = GPT2Config(vocab_size=len(byte_tokenizer), n_positions=256, n_embd=48, n_layer=3, n_head=4)
     hf_model = GPT2LMHeadModel(config).eval()
+    if gain:
+        with torch.no_grad():
+            hf_model.transformer.ln_f.weight.copy_(torch.rand(48) + 0.5)
+            hf_model.transformer.ln_f.bias.copy_(torch.randn(48))
     if kind == "bridge":
         model = as_lens("bridge", hf_model, byte_tokenizer, "tiny-gpt2")
         if processed:

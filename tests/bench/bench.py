@@ -1,18 +1,24 @@
-"""Measures what the README's table says, on the embedded model, against plain loops over Hugging Face hooks.
+"""Measures what the README's table says, on the embedded model, and writes the table there.
 
-    make bench            (or: python tests/bench/bench.py --repeats 3 --kinds hooked bridge)
+    make bench            (or: python tests/bench/bench.py --repeats 3 --others PYTHON --write)
 
-Medians of repeated runs, side by side in one process. The plain sweep is timed on a sample of its configurations and
-scaled; each of its runs costs the same. Vectors are the same in both; the largest difference of the scores is printed.
+Ours and what it is compared with take turns in one process (the other libraries in theirs, between turns), and medians are
+reported. The plain sweep is timed on a sample of its runs, which cost the same each, and scaled.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,19 +26,28 @@ import torch
 import caa_lens as caa
 from caa_lens.experiments.grid import grid_logprobs
 from caa_lens.experiments.scoring import Letter
+from caa_lens.extraction import plan_extraction
+from caa_lens.models import pad, run
 from caa_lens.models.checkpoints import EMBEDDED, load_checkpoint
 from caa_lens.models.loading import from_checkpoint
+from caa_lens.prefixes import PrefixRunner, common_head
+
+README = Path(__file__).parents[2] / "README.md"
+KINDS = ("hooked", "bridge")
+GRIDS = ((-1.0, 1.0), (-2.0, -1.0, 0.5, 1.0, 2.0))
+LENGTHS = range(80, 151)
+ITEMS, PAIRS, PAIR_LENGTHS = 8, 60, range(95, 107)
 
 
-def median(run: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """Median seconds of `repeats` runs after one that is not counted, and the last result."""
-    result = run()
-    seconds = []
+def medians(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each, taken in turns so that what else the machine does falls on all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
-        started = time.perf_counter()
-        result = run()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds), result
+        for name, run_once in runs.items():
+            started = time.perf_counter()
+            run_once()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
 def steered_forward(hf_model: Any, ids: tuple[int, ...], end: int, layer: int, direction: torch.Tensor) -> torch.Tensor:
@@ -50,7 +65,7 @@ def steered_forward(hf_model: Any, ids: tuple[int, ...], end: int, layer: int, d
     return logits.log_softmax(-1)[0]
 
 
-def plain_extraction(hf_model: Any, encoded: list[Any]) -> None:
+def plain_extraction(hf_model: Any, encoded: Sequence[Any]) -> None:
     """The authors' way: two full passes a pair, one text at a time, all layers' outputs kept."""
     for pair in encoded:
         for side in (pair.positive, pair.negative):
@@ -59,69 +74,200 @@ def plain_extraction(hf_model: Any, encoded: list[Any]) -> None:
             [hidden[0, pair.answer].clone() for hidden in out.hidden_states]
 
 
-def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def one_pass(model: Any, encoded: Sequence[Any], batch_size: int = 16) -> Callable[[], None]:
+    """The limit: one batched pass without unembedding over the tokens behind what all prompts begin with."""
+    rows = sorted((pair.positive.ids[: pair.answer + 1] for pair in encoded), key=len)
+    head = common_head(rows, limit=len(rows[0]))
+    prefixes = PrefixRunner(model, head)
+    pad_id = model.tokenizer.pad_token_id or 0
+
+    @torch.no_grad()
+    def run_all() -> None:
+        for first in range(0, len(rows), batch_size):
+            batch = rows[first : first + batch_size]
+            tokens, mask = pad(
+                [row[len(head) :] for row in batch], side="right", pad_id=pad_id, device=torch.device("cpu")
+            )
+            run(model, tokens, mask, past=prefixes.run([head] * len(batch)))
+
+    return run_all
 
 
-def bench_kind(kind: str, repeats: int, plain: Any) -> Iterator[tuple[str, str]]:
+def lettered_pairs() -> list[caa.ContrastPair]:
+    return [pair for name in caa.behaviours() if name.startswith("ab/") for pair in caa.load_pairs(name)]
+
+
+class Bench:
+    """The inputs that all measurements share, and the table that they fill: {what: {column: text}}."""
+
+    def __init__(self, repeats: int, others: str | None) -> None:
+        self.repeats, self.others = repeats, others
+        checkpoint = load_checkpoint(EMBEDDED, dtype=torch.float32, device=torch.device("cpu"))
+        self.plain, self.tokenizer = checkpoint.model, checkpoint.tokenizer
+        self.models = {
+            kind: from_checkpoint(load_checkpoint(EMBEDDED, dtype=torch.float32, device=torch.device("cpu")), kind)
+            for kind in KINDS
+        }
+        template, letter = caa.ChatTemplate(), Letter()
+        pairs = lettered_pairs()
+        encoded = [template.encode_pair(self.tokenizer, pair) for pair in pairs]
+        chosen = [i for i, pair in enumerate(encoded) if pair.answer + 1 in PAIR_LENGTHS][:PAIRS]
+        self.encoded = [encoded[i] for i in chosen]
+        self.pairs = caa.load_pairs([pairs[i] for i in chosen])
+        texts = [letter.texts(self.tokenizer, template, pair)[0] for pair in pairs]
+        fitting = sorted((text for text in texts if len(text.ids) in LENGTHS), key=lambda text: len(text.ids))
+        self.texts = fitting[:: len(fitting) // ITEMS][:ITEMS]
+        self.table: dict[str, dict[str, str]] = {}
+
+    def extraction(self) -> None:
+        ours = {
+            kind: (lambda model=model: caa.extract(model, self.pairs, progress=False))
+            for kind, model in self.models.items()
+        }
+        limits = {f"{kind} limit": one_pass(model, self.encoded) for kind, model in self.models.items()}
+        found = medians({**ours, **limits, "loop": lambda: plain_extraction(self.plain, self.encoded)}, self.repeats)
+        compared = {"the paper's loop": found["loop"], **self._other_libraries()}
+        best = min(found[kind] for kind in KINDS)
+        tokens = [len(pair.positive.ids) for pair in self.encoded]
+        self.table[f"extract {len(tokens)} pairs of {min(tokens)}-{max(tokens)} tokens, all layers"] = {
+            **{kind: f"{found[kind]:.1f} s" for kind in KINDS},
+            "compared with": "; ".join(
+                f"{name} {took:.1f} s, **{took / best:.1f}x**" for name, took in compared.items()
+            ),
+        }
+        self.table["the same against the limit: one pass over the differing tokens, without unembedding"] = {
+            **{kind: f"{found[kind] / found[f'{kind} limit']:.2f}" for kind in KINDS},
+            "compared with": "the limit is " + ", ".join(f"{found[f'{kind} limit']:.1f} s ({kind})" for kind in KINDS),
+        }
+
+    def _other_libraries(self) -> dict[str, float]:
+        if self.others is None:
+            return {}
+        rows = [side.ids[: pair.answer + 1] for pair in self.encoded for side in (pair.positive, pair.negative)]
+        texts = [self.tokenizer.decode(row) for row in rows]
+        given = {
+            "ids": rows,
+            "pairs": list(zip(texts[::2], texts[1::2], strict=True)),
+            "pad_token": self.tokenizer.pad_token,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "texts.json"
+            file.write_text(json.dumps(given), encoding="utf-8")
+            script = Path(__file__).with_name("other_libraries.py")
+            command = [self.others, str(script), self.plain.name_or_path, str(file), str(self.repeats)]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = json.loads(out.strip().splitlines()[-1])
+        return {
+            f"{name} (best batch size: {size})": took for name, sizes in found.items() for size, took in sizes.items()
+        }
+
+    def sweep(self) -> None:
+        vectors = caa.extract(self.models["hooked"], self.pairs[:8], progress=False)
+        lengths = [len(text.ids) for text in self.texts]
+        for multipliers in GRIDS:
+            settings = [m * v for v in vectors.values() for m in multipliers]
+            sample = [(text, s) for text in range(0, ITEMS, 2) for s in range(0, len(settings), len(settings) // 6)]
+            results: dict[str, dict[int, torch.Tensor]] = {}
+
+            def fast(kind: str, settings: list[Any] = settings, results: Any = results) -> None:
+                results[kind] = dict(grid_logprobs(self.models[kind], self.texts, settings))
+
+            worst = dict.fromkeys(KINDS, 0.0)
+
+            def slow(
+                settings: list[Any] = settings, sample: Any = sample, results: Any = results, worst: Any = worst
+            ) -> None:
+                for number, s in sample:
+                    text, vector = self.texts[number], settings[s]
+                    logprobs = steered_forward(self.plain, text.ids, text.instruction_end, vector.layer, vector.tensor)
+                    position, ids = text.targets[0]
+                    for kind in KINDS:
+                        difference = (logprobs[position - 1, list(ids)] - results[kind][number][s]).abs().max()
+                        worst[kind] = max(worst[kind], float(difference))
+
+            found = medians({**{k: (lambda k=k: fast(k)) for k in KINDS}, "loop": slow}, self.repeats)
+            whole = found["loop"] / len(sample) * len(settings) * ITEMS
+            self.table[
+                f"sweep 30 layers x {len(multipliers)} multipliers, {ITEMS} items of {min(lengths)}-{max(lengths)} tokens"
+            ] = {
+                **{k: f"{found[k]:.1f} s, **{whole / found[k]:.0f}x**" for k in KINDS},
+                "compared with": f"a loop of full passes, {whole:.0f} s (scaled from {len(sample)} of {len(settings) * ITEMS}); "
+                + f"log-probabilities differ by at most {max(worst.values()):.0e}",
+            }
+
+    def generation(self) -> None:
+        vector = caa.extract(self.models["hooked"], self.pairs[:4], progress=False)[14]
+        prompts = list(caa.load_pairs("formality").open_prompts[:4])
+        row = {}
+        for kind, model in self.models.items():
+
+            def steered(model: Any = model) -> None:
+                with caa.steer(model, 0.1 * vector):
+                    caa.generate(model, prompts, max_new_tokens=24)
+
+            def unsteered(model: Any = model) -> None:
+                caa.generate(model, prompts, max_new_tokens=24)
+
+            unsteered()
+            found = medians({"steered": steered, "unsteered": unsteered}, max(5, self.repeats))
+            row[kind] = f"{found['steered']:.2f} s, {found['steered'] / found['unsteered'] - 1:+.0%}"
+        self.table["generate 24 tokens for 4 prompts, steered"] = {**row, "compared with": "the same class, unsteered"}
+
+    def memory(self) -> None:
+        row = {}
+        for kind in KINDS:
+            few, many = (peak_of(kind, number) for number in (60, 600))
+            row[kind] = f"{few:.0f} -> {many:.0f} MB, {many / few - 1:+.1%}"
+        self.table["peak memory of the process, extracting 60 -> 600 pairs"] = {**row, "compared with": ""}
+
+
+def peak_of(kind: str, number: int) -> float:
+    command = [sys.executable, __file__, "--memory", kind, str(number)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def extract_and_print_peak(kind: str, number: int) -> None:
+    """Of `number` lettered pairs spread over all lengths, the longest included."""
     model = from_checkpoint(load_checkpoint(EMBEDDED, dtype=torch.float32, device=torch.device("cpu")), kind)
-    tokenizer, template, letter = model.tokenizer, caa.ChatTemplate(), Letter()
-    train, held_out = caa.load_pairs("ab/survival-instinct").split(held_out=30, seed=0)
-    encoded = [template.encode_pair(tokenizer, pair) for pair in train[:60]]
+    plan = plan_extraction(model, caa.load_pairs(lettered_pairs()))
+    by_length = [plan.pairs[i] for batch in reversed(plan.batches) for i in reversed(batch)][:600]
+    caa.extract(model, caa.load_pairs(by_length[:: 600 // number]), progress=False)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
-    whole, vectors = median(lambda: caa.extract(model, train[:60], progress=False), repeats)
-    loop, _ = median(lambda: plain_extraction(plain, encoded), repeats)
-    tokens = sum(len(p.positive.ids) + len(p.negative.ids) for p in encoded)
-    yield (
-        f"extract 60 pairs ({tokens} tokens), all layers",
-        f"{whole:.1f} s; plain loop {loop:.1f} s: {loop / whole:.1f}x",
-    )
 
-    texts = [letter.texts(tokenizer, template, pair)[0] for pair in held_out[:8]]
-    lengths = sorted(len(text.ids) for text in texts)
-    for multipliers in ((-1.0, 1.0), (-2.0, -1.0, 0.5, 1.0, 2.0)):
-        settings = [m * v for v in vectors.values() for m in multipliers]
-        fast, found = median(lambda settings=settings: dict(grid_logprobs(model, texts, settings)), repeats)
-        sample = list(range(0, len(settings), max(1, len(settings) // 6)))
-        worst, started = 0.0, time.perf_counter()
-        for index, text in enumerate(texts[:4]):
-            for s in sample:
-                v = settings[s]
-                logprobs = steered_forward(plain, text.ids, text.instruction_end, v.layer, v.tensor)
-                position, ids = text.targets[0]
-                worst = max(worst, float((logprobs[position - 1, list(ids)] - found[index][s]).abs().max()))
-        one = (time.perf_counter() - started) / (4 * len(sample))
-        slow = one * len(texts) * len(settings)
-        yield (
-            f"sweep 30 layers x {len(multipliers)} multipliers, 8 items of {lengths[0]}-{lengths[-1]} tokens",
-            f"{fast:.1f} s; plain loop {slow:.0f} s (from {4 * len(sample)} of {len(texts) * len(settings)} runs): "
-            f"{slow / fast:.0f}x; largest difference {worst:.0e} in log-probability",
-        )
-
-    prompts = list(caa.load_pairs("formality").open_prompts[:4])
-
-    def steered() -> None:
-        with caa.steer(model, vectors[14]):
-            caa.generate(model, prompts, max_new_tokens=24)
-
-    with_vector, _ = median(steered, repeats)
-    without, _ = median(lambda: caa.generate(model, prompts, max_new_tokens=24), repeats)
-    measured = f"{with_vector:.1f} s; unsteered {without:.1f} s: {with_vector / without:.2f}x"
-    yield ("steered generation, 4 prompts x 24 tokens", measured)
-    yield ("peak memory of the process", f"{peak_megabytes():.0f} MB")
+def as_markdown(table: Mapping[str, Mapping[str, str]], repeats: int) -> str:
+    columns = [*KINDS, "compared with"]
+    lines = ["| | `HookedTransformer` | `TransformerBridge` | compared with |", "|---|---|---|---|"]
+    lines += [f"| {what} | {' | '.join(row[column] for column in columns)} |" for what, row in table.items()]
+    lines += [
+        "",
+        f"SmolLM2-135M-Instruct, fp32, CPU, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}; "
+        f"medians of {repeats} runs taken in turns; factors in the first row are of the faster class.",
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kinds", nargs="+", default=["hooked", "bridge"])
+    parser.add_argument("--others", help="Python of an environment with steering-vectors and repeng")
+    parser.add_argument("--only", nargs="+", default=["extraction", "sweep", "generation", "memory"])
+    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    plain = load_checkpoint(EMBEDDED, dtype=torch.float32, device=torch.device("cpu")).model
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, medians of {options.repeats} runs\n")
-    print("| class | what | measured |\n|---|---|---|")
-    for kind in options.kinds:
-        for what, measured in bench_kind(kind, options.repeats, plain):
-            print(f"| {kind} | {what} | {measured} |", flush=True)
+    if options.memory:
+        return extract_and_print_peak(options.memory[0], int(options.memory[1]))
+    bench = Bench(options.repeats, options.others)
+    for name in options.only:
+        getattr(bench, name)()
+        print(as_markdown(bench.table, options.repeats), "\n", flush=True)
+    if options.write:
+        between = re.compile(r"(<!-- bench -->\n).*(\n<!-- /bench -->)", re.DOTALL)
+        table = as_markdown(bench.table, options.repeats)
+        README.write_text(
+            between.sub(lambda m: m[1] + table + m[2], README.read_text(encoding="utf-8")), encoding="utf-8"
+        )
+    return None
 
 
 if __name__ == "__main__":
