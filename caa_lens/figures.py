@@ -22,6 +22,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties, findfont, get_font
+    from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise MissingError("plots need matplotlib; install it with pip install 'caa-lens[plot]'.") from error
 
@@ -65,20 +66,23 @@ class NotebookFigure(Figure):
 
 
 @contextmanager
-def canvas(ax: Axes | None, width: float, height: float, *, panels: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
-    """The style, while drawing, with the axis's figure and the axis, or a new figure with axes side by side that share y.
+def canvas(
+    ax: Axes | None, width: float, height: float, *, panels: int = 1, rows: int = 1, share_y: bool = True
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """The style, while drawing, with the axis's figure and the axis, or a new figure with its axes, row by row.
 
     Args:
         ax: where to draw; None makes a figure.
         width, height: of the new figure, in inches.
-        panels: axes of the new figure.
+        panels, rows: axes side by side and above each other in the new figure.
+        share_y: whether they have one scale upwards.
     """
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # the stubs list keys, and want literals
         if ax is not None:
             yield ax.figure.figure, [ax]
         else:
             figure = NotebookFigure(figsize=(width, height), layout="constrained")
-            yield figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+            yield figure, list(figure.subplots(rows, panels, sharey=share_y, squeeze=False).flat)
 
 
 def colormap(name: str) -> Any:

@@ -105,14 +105,16 @@ class PatchResult:
 
     def plot(self, ax: Axes | None = None) -> Figure:
         """Heat map of layers and positions: the normalised effect, or the effect in logits where a vector was the source."""
-        from caa_lens.plots_geometry import plot_heatmap
+        from caa_lens.plots import plot_heatmap
 
-        values, label = (
+        values, unit = (
             (self.effect, "effect on the logit difference (logits)")
             if self.source is None
             else (self.normalized, "effect (0 = target, 1 = source)")
         )
-        return plot_heatmap(values, self.layers, self.tokens, label=label, ax=ax)
+        return plot_heatmap(
+            values, self.layers, self.tokens, row_name="layer", column_name="position patched", unit=unit, ax=ax
+        )
 
 
 def patch(

@@ -232,7 +232,13 @@ def plot_projection(projection: Projected, ax: Axes | None = None) -> Figure:
     unit = MEASURES.get(projection.measure, projection.measure)
     limit = _limit_without_first(values)
     if values.ndim == 2:
-        names: dict[str, Any] = {"row_name": "layer", "column_name": "token", "unit": unit, "limit": limit, "title": projection.title}
+        names: dict[str, Any] = {
+            "row_name": "layer",
+            "column_name": "token",
+            "unit": unit,
+            "limit": limit,
+            "title": projection.title,
+        }
         return plot_heatmap(values, list(projection.layers), list(projection.tokens), ax=ax, **names)
     n = len(values)
     with canvas(ax, min(max(1.2 + 0.22 * n, 4), 13), 2.8) as (figure, (axis,)):

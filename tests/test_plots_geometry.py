@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from test_geometry import planted, vector_sets  # noqa: F401
 
 import caa_lens as caa
-from caa_lens.plots_geometry import plot_heatmap, plot_lens
+from caa_lens.plots_geometry import plot_lens
 
 
 @pytest.fixture
@@ -21,40 +21,28 @@ def drawn(figure):
     return figure
 
 
-def test_a_heat_map_is_centred_on_zero_and_shows_every_token(ax):
-    values = torch.tensor([[0.5, -0.2, 0.0], [1.0, 0.1, 0.3]])
-    figure = plot_heatmap(values, [3, 4], ["a b", "\n", "$x^$"], label="effect (logits)", ax=ax)
-    assert drawn(figure) is ax.get_figure()
-    mesh = ax.collections[0]
-    np.testing.assert_allclose(mesh.get_array(), values)
-    assert mesh.get_clim() == (-1, 1)
-    assert [t.get_text() for t in ax.get_xticklabels()] == ["a\N{OPEN BOX}b", "\u21b5", "$x^$"]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["3", "4"]
-    assert figure.axes[1].get_ylabel() == "effect (logits)"
-
-
 def test_patches_and_lenses_are_drawn_as_they_are(model, pairs, ax):
     result = caa.patch(model, "positive", pairs[0], progress=False)
     drawn(result.plot(ax=ax))
-    np.testing.assert_allclose(ax.collections[0].get_array(), result.normalized)
+    np.testing.assert_allclose(ax.images[0].get_array(), result.normalized, rtol=1e-6)
     by_vector = caa.patch(model, caa.extract(model, pairs, progress=False), pairs[0], progress=False)
     assert "logits" in by_vector.plot().axes[1].get_ylabel()
     lens = caa.logit_lens(model, "Hi?", positions=slice(-4, None), top=1)
     figure = drawn(lens.plot())
     words = [t.get_text() for t in figure.axes[0].texts]
     assert len(words) == 3 * 4
-    np.testing.assert_allclose(figure.axes[0].collections[0].get_array(), lens.top_probabilities[..., 0])
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), lens.top_probabilities[..., 0])
 
 
 def test_long_words_of_a_lens_are_cut(ax):
-    plot_lens(torch.tensor([[0.9]]), [["incomprehensible"]], [0], ["x"], ax=ax)
-    assert [t.get_text() for t in ax.texts] == ["incomprehen\N{HORIZONTAL ELLIPSIS}"]
+    plot_lens(torch.tensor([[0.9]]), [["incomprehensibleness"]], [0], ["x"], ax=ax)
+    assert [t.get_text() for t in ax.texts] == ["incomprehensibl\N{HORIZONTAL ELLIPSIS}"]
 
 
 def test_cosines_are_drawn_in_blocks(vector_sets, ax):  # noqa: F811
     found = caa.similarity(vector_sets)
     drawn(found.plot(ax=ax))
-    assert ax.collections[0].get_clim() == (-1, 1)
+    assert ax.images[0].get_clim() == (-1, 1)
     assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b", "base"]
     one = drawn(caa.similarity({"a": vector_sets["a"]}).plot())
     assert [t.get_text() for t in one.axes[0].get_xticklabels()] == ["0", "1", "2"]
