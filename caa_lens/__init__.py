@@ -19,6 +19,8 @@ from caa_lens.extraction import extract
 from caa_lens.hooks import steering_hooks
 from caa_lens.models import load_model
 from caa_lens.pairs import ContrastPair, PairSet, behaviours, load_pairs
+from caa_lens.projected import Projection
+from caa_lens.projection import project
 from caa_lens.prompts import ChatTemplate, Llama2Base, Llama2Chat, Plain, Template
 from caa_lens.provenance import Provenance
 from caa_lens.steering import generate, show_positions, steer
@@ -44,6 +46,8 @@ __all__ = [
     "steering_hooks",
     "generate",
     "show_positions",
+    "project",
+    "Projection",
     "score",
     "sweep",
     "SweepResult",
