@@ -175,6 +175,10 @@ class _Row:
 
 
 def _as_texts(text: Any) -> tuple[list[Any], bool]:
+    if not isinstance(text, (Sequence, Tensor, Projection)):
+        raise InputError(
+            f"project takes a text, a conversation, token ids, or a list of them; got {type(text).__name__}."
+        )
     if isinstance(text, (str, Projection)) or (isinstance(text, Tensor) and text.ndim < 2):
         return [text], True
     items = list(text)
