@@ -15,13 +15,26 @@ from torch import Tensor
 
 from caa_lens.errors import InputError, MissingError
 from caa_lens.files import atomic_path
-from caa_lens.token_text import TokenLine, check_limit, fragment, page
+from caa_lens.token_text import TokenLine, check_limit, fragment, number, page
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Measure = Literal["dot", "cosine", "component"]
 UNITS: Mapping[str, str] = {"dot": "x · v", "cosine": "cosine of x and v", "component": "x · v / |v|²"}
+
+
+def along(
+    activations: Float[Tensor, "*batch d_model"], direction: Float[Tensor, " d_model"], measure: Measure
+) -> Float[Tensor, "*batch"]:
+    """The measure of each activation against the direction, in fp32; see `caa_lens.projection`."""
+    x, v = activations.float(), direction.to(activations.device, torch.float32)
+    dot = x @ v
+    if measure == "dot":
+        return dot
+    if measure == "component":
+        return dot / v.dot(v)
+    return dot / (x.norm(dim=-1) * v.norm()).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -143,8 +156,10 @@ class Projection:
             return
         console = Console(highlight=False)
         for line in lines:
-            console.print(f"{line.title}, full colour at {line.scale:.3g}", markup=False)
-            console.print(line.rich)
+            console.print(
+                f"{line.title}; blue -{number(line.scale)}, orange +{number(line.scale)}", markup=False, soft_wrap=True
+            )
+            console.print(line.rich, soft_wrap=True)
 
     def _repr_html_(self) -> str:
         return fragment(self.lines(), opened=self._middle)

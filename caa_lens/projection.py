@@ -14,7 +14,7 @@ than all others (an attention sink): look at the cosine, or leave that token out
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -32,6 +32,7 @@ from caa_lens.models import (
     check_layers,
     describe,
     device_of,
+    has_hooks,
     hooks,
     pad,
     run,
@@ -39,7 +40,7 @@ from caa_lens.models import (
     weight_basis,
 )
 from caa_lens.positions import Positions, is_steered, known_prompts
-from caa_lens.projected import Measure, Projection
+from caa_lens.projected import Measure, Projection, along
 from caa_lens.prompts import Conversation, Template
 from caa_lens.steering import generate_ids, steer
 from caa_lens.token_text import token_texts
@@ -49,17 +50,8 @@ Text = Conversation | Sequence[int] | Tensor | Projection
 """A user message, a conversation (which may end with the assistant's answer), token ids, or the tokens of a projection."""
 
 
-def along(
-    activations: Float[Tensor, "*batch d_model"], direction: Float[Tensor, " d_model"], measure: Measure
-) -> Float[Tensor, "*batch"]:
-    """The measure of each activation against the direction, in fp32; see the module's docstring."""
-    x, v = activations.float(), direction.to(activations.device, torch.float32)
-    dot = x @ v
-    if measure == "dot":
-        return dot
-    if measure == "component":
-        return dot / v.dot(v)
-    return dot / (x.norm(dim=-1) * v.norm()).clamp(min=torch.finfo(torch.float32).tiny)
+PIECE = 512
+"""Tokens of a long text that are run at once, behind the KV cache of those before: attention's memory is length x PIECE."""
 
 
 def project(
@@ -113,7 +105,9 @@ def project(
     texts, single = _as_texts(text)
     rows = [_encode(model, chosen, one, max_new_tokens) for one in texts]
     added = flatten(model, steering) if steering is not None else []
-    reader = _Reader(model, targets, measure, chosen.stop_ids(tokenizer) if max_new_tokens else frozenset())
+    stop_ids = chosen.stop_ids(tokenizer) if max_new_tokens else frozenset()
+    # Steering and the user's own hooks may depend on seeing a whole text at once.
+    reader = _Reader(model, targets, measure, stop_ids, in_pieces=not added and not has_hooks(model))
     specials = set(tokenizer.all_special_ids)
     words = _in_words(model, added, positions)
     found: dict[int, Projection] = {}
@@ -122,9 +116,13 @@ def project(
             stack.enter_context(steer(model, added, positions=positions, template=template))
         # Behind the steering hooks, so that what they make is what is read.
         stack.enter_context(hooks(model, capture_hooks(list(targets), reader.capture)))
-        batches = _batches(rows, batch_size)
-        for batch in tqdm(batches, desc="project", unit="batch", disable=not progress or len(batches) < 2):
-            for index, (ids, values) in zip(batch, reader.read([rows[i] for i in batch], max_new_tokens), strict=True):
+        total = sum(len(row.ids) for row in rows)
+        bar = stack.enter_context(
+            tqdm(total=total, desc="project", unit="token", disable=not progress or total <= 4 * PIECE)
+        )
+        for batch in _batches(rows, batch_size):
+            read = reader.read([rows[i] for i in batch], max_new_tokens, bar.update)
+            for index, (ids, values) in zip(batch, read, strict=True):
                 found[index] = Projection(
                     values=values if several else values[0],
                     tokens=token_texts(tokenizer, ids),
@@ -219,12 +217,11 @@ def _encode(model: Model, template: Template, text: Any, max_new_tokens: int) ->
 
 
 def _batches(rows: Sequence[_Row], batch_size: int) -> list[list[int]]:
-    """Rows of like length together; those whose prompt's end is not known apart, because steering searches it in the tokens."""
-    batches = []
+    """Rows of like length together; long ones alone, and those whose prompt's end steering has to search in the tokens apart."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    batches = [[i] for i in order if len(rows[i].ids) > PIECE]
     for known in (True, False):
-        group = sorted(
-            (i for i, row in enumerate(rows) if (row.end is not None) == known), key=lambda i: len(rows[i].ids)
-        )
+        group = [i for i in order if len(rows[i].ids) <= PIECE and (rows[i].end is not None) == known]
         batches += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
     return batches
 
@@ -233,9 +230,15 @@ class _Reader:
     """Runs batches and collects the measure of each layer, pass by pass."""
 
     def __init__(
-        self, model: Model, targets: Mapping[int, SteeringVector], measure: Measure, stop_ids: frozenset[int]
+        self,
+        model: Model,
+        targets: Mapping[int, SteeringVector],
+        measure: Measure,
+        stop_ids: frozenset[int],
+        *,
+        in_pieces: bool,
     ) -> None:
-        self.model, self.measure, self.stop_ids = model, measure, stop_ids
+        self.model, self.measure, self.stop_ids, self.in_pieces = model, measure, stop_ids, in_pieces
         self.directions = {layer: v.tensor for layer, v in targets.items()}
         self.passes: dict[int, list[Tensor]] = {}
 
@@ -244,27 +247,40 @@ class _Reader:
         self.passes[layer].append(along(activations, direction, self.measure))
 
     @torch.no_grad()
-    def read(self, rows: Sequence[_Row], max_new_tokens: int) -> list[tuple[list[int], Float[Tensor, "layer token"]]]:
+    def read(
+        self, rows: Sequence[_Row], max_new_tokens: int, advance: Callable[[int], Any]
+    ) -> list[tuple[list[int], Float[Tensor, "layer token"]]]:
         """Each row's ids, generated ones included, and their values."""
         self.passes = {layer: [] for layer in self.directions}
-        ids = [list(row.ids) for row in rows]
+        ids: list[list[int]] = [list(row.ids) for row in rows]
+        new: list[list[int]] = [[] for _ in rows]
         ends = [row.end for row in rows if row.end is not None]
         with known_prompts(ends) if ends else nullcontext():
             if max_new_tokens:
                 new = generate_ids(
                     self.model, ids, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids, run_last=True
                 )
+                advance(sum(map(len, ids)))
             else:
-                new = [[] for _ in ids]
-                pad_id = tokenizer_of(self.model).pad_token_id or 0
-                tokens, mask = pad(ids, side="left", pad_id=pad_id, device=device_of(self.model))
-                run(self.model, tokens, mask, stop_at_layer=max(self.directions) + 1)
+                self._run(ids, advance)
         width = max(map(len, ids))
         values = torch.stack([torch.cat(self.passes[layer], 1).cpu() for layer in self.directions])
         return [
             (old + more, values[:, row, width - len(old) : width + len(more)].clone())
             for row, (old, more) in enumerate(zip(ids, new, strict=True))
         ]
+
+    def _run(self, ids: Sequence[Sequence[int]], advance: Callable[[int], Any]) -> None:
+        pad_id = tokenizer_of(self.model).pad_token_id or 0
+        tokens, mask = pad(ids, side="left", pad_id=pad_id, device=device_of(self.model))
+        if not self.in_pieces or tokens.shape[1] <= PIECE:
+            run(self.model, tokens, mask, stop_at_layer=max(self.directions) + 1)
+            advance(int(mask.sum()))
+            return
+        past = None
+        for part, real in zip(tokens.split(PIECE, 1), mask.split(PIECE, 1), strict=True):
+            _, past = run(self.model, part, real, past=past, grow=True)
+            advance(int(real.sum()))
 
 
 def _in_words(model: Model, added: Sequence[SteeringVector], positions: Positions) -> str | None:

@@ -57,6 +57,11 @@ def colour_limit(values: Sequence[float]) -> float:
     return sizes[int(0.98 * (len(sizes) - 1))] or sizes[-1] or 1.0
 
 
+def number(value: float) -> str:
+    """A value to three digits, without an exponent where it has few digits."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+
+
 def check_limit(limit: float | None) -> None:
     """Refuses a limit that no colour scale can have.
 
@@ -124,13 +129,13 @@ class TokenLine:
             names += ["h"] if any(map(_hidden, token)) else []
             kind = f' class="{" ".join(names)}"' if names else ""
             text = html.escape(visible(token)).replace("\n", "<b></b>\n").replace("\t", "<u></u>\t")
-            spans.append(f'<span{kind} title="{index}: {value:+.3g}">{text}</span>')
+            spans.append(f'<span{kind} title="{index}: {number(value)}">{text}</span>')
         return f"<pre>{''.join(spans)}</pre>"
 
     @property
     def legend(self) -> str:
         """The scale, as HTML."""
-        limit = f"{self.scale:.3g}"
+        limit = number(self.scale)
         return f'<span class="caa-scale">&minus;{limit}<i></i>+{limit}</span>'
 
     @property
@@ -189,7 +194,7 @@ def _style() -> str:
     return "".join(
         [
             ".caa-tokens{color:inherit}",
-            ".caa-tokens header,.caa-tokens summary{font:13px/1.5 system-ui,sans-serif;opacity:.8}",
+            ".caa-tokens header,.caa-tokens summary{font:13px/1.5 system-ui,sans-serif}",
             ".caa-tokens summary{cursor:pointer}",
             ".caa-tokens pre{font:14px/1.75 ui-monospace,Menlo,Consolas,monospace;white-space:break-spaces;"
             "overflow-wrap:anywhere;margin:.4em 0;padding:0;background:none;color:inherit;border:0}",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import caa_lens as caa
+from caa_lens.models import watch_inputs
 from caa_lens.token_text import STEPS, TokenLine, shade, token_texts
 
 QUESTIONS = ["Hi?", "What is the meaning of all this?", "Where did you go to yesterday?"]
@@ -171,6 +172,23 @@ def test_batches_of_any_size_and_kind_equal_each_text_alone(model, vectors):
             torch.testing.assert_close(one.values, other.values, **CLOSE)
 
 
+def test_long_texts_in_pieces_equal_whole_ones(model, vectors, monkeypatch):
+    texts = [QUESTIONS[1], "x", QUESTIONS[1] * 3]
+    whole = caa.project(model, vectors, texts)
+    monkeypatch.setattr("caa_lens.projection.PIECE", 7)
+    lengths = []
+    with watch_inputs(model, lambda inputs: lengths.append(inputs.shape[1])):
+        pieces = caa.project(model, vectors, texts)
+        assert max(lengths) == 7
+        lengths.clear()
+        with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda x, hook: None)]):
+            hooked = caa.project(model, vectors, texts)
+        assert lengths == sorted(len(p.tokens) for p in whole)  # the user's own hooks see each text at once
+    for one, other, third in zip(whole, pieces, hooked, strict=True):
+        torch.testing.assert_close(one.values, other.values, **CLOSE)
+        torch.testing.assert_close(one.values, third.values, **CLOSE)
+
+
 def test_token_ids_are_steered_where_their_marker_ends(model, vectors):
     text = caa.project(model, vectors, QUESTIONS[1], steering=vectors[0])
     plain_ids = caa.project(model, vectors, text.token_ids, steering=vectors[0])
@@ -223,14 +241,16 @@ def test_the_coloured_text_is_exactly_the_text(model, vectors, tmp_path):
         assert "".join(spans.texts) == shown
         assert len(spans.texts) == len(projection.tokens)
         assert "<script" not in html
-        assert set(spans.elements) <= {*"html head meta title style body div header span i pre b u".split()}
+        assert not set(spans.elements) & {"script", "a", "img"}
         assert [texts for texts, names in zip(spans.texts, spans.classes, strict=True) if "s" in names] == [
             "<|im_start|>",
             "<|im_end|>",
             "<|im_start|>",
         ]
     for index, (title, value) in enumerate(zip(spans.titles, projection.values.tolist(), strict=True)):
-        assert title == f"{index}: {value:+.3g}"
+        place, _, shown = title.partition(": ")
+        assert int(place) == index
+        assert float(shown.replace(",", "")) == pytest.approx(value, rel=0.01)
 
 
 def test_colours_are_symmetric_and_bounded():

@@ -35,6 +35,7 @@ __all__ = [
     "check_layers",
     "describe",
     "device_of",
+    "has_hooks",
     "hooks",
     "load_model",
     "pad",
@@ -233,6 +234,11 @@ def hooks(model: Model, added: Sequence[Hook]) -> Iterator[Callable[[], None]]:
             installed = install()
 
         yield restore
+
+
+def has_hooks(model: Model) -> bool:
+    """Whether any forward hook is on the model now."""
+    return any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 @contextmanager
