@@ -16,6 +16,7 @@ from rich.text import Text
 
 import caa_lens as caa
 from caa_lens.models.checkpoints import EMBEDDED
+from caa_lens.token_text import number
 
 console = Console(highlight=False)
 
@@ -105,6 +106,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
 
+    project = command(
+        "project",
+        _project,
+        "Colour the tokens of a text by their projection on a vector, as they are or steered while an answer is generated.",
+        'caa-lens project --vectors out/formality.safetensors --text "Good day to you, sir." --html out/projection.html',
+    )
+    steering_options(project)
+    project.add_argument("--text", required=True, help="a user message; with --plain the text as it stands")
+    project.add_argument("--plain", action="store_true", help="do not write the text in the model's template")
+    project.add_argument("--layer", type=int, help="layer of the vector (default: the middle one)")
+    project.add_argument("--measure", choices=("dot", "cosine", "component"), default="dot", help="default dot")
+    project.add_argument(
+        "--generate", type=int, default=0, metavar="N", help="answer with up to N tokens and show them too"
+    )
+    project.add_argument("--multiplier", type=float, default=0.0, help="steer at this strength meanwhile (default 0)")
+    project.add_argument("--html", type=Path, help="write the coloured text as a page")
+
     for name, run, text in (
         ("score", _score, "Score held-out pairs under one vector, beside its controls."),
         ("sweep", _sweep, "Score held-out pairs over layers and multipliers."),
@@ -188,6 +206,30 @@ def _generate(arguments: Any) -> None:
         seed=arguments.seed,
     )
     console.print(_answer_table(arguments.prompts, answers))
+
+
+def _project(arguments: Any) -> None:
+    vectors = caa.load_vectors(arguments.vectors)
+    v = vectors[vectors.layers[(len(vectors) - 1) // 2] if arguments.layer is None else arguments.layer]
+    model = _load(arguments)
+    projection = caa.project(
+        model,
+        v,
+        arguments.text,
+        measure=arguments.measure,
+        steering=arguments.multiplier * v if arguments.multiplier else None,
+        positions=arguments.positions,
+        max_new_tokens=arguments.generate,
+        template=caa.Plain() if arguments.plain else None,
+    )
+    assert isinstance(projection, caa.Projection)
+    projection.show()
+    for name, order in (("highest", -projection.values), ("lowest", projection.values)):
+        tokens = ((projection.tokens[i], float(projection.values[i])) for i in order.argsort()[:5].tolist())
+        console.print(f"{name}: " + ", ".join(f"{token!r} {number(value)}" for token, value in tokens), markup=False)
+    if arguments.html:
+        projection.save_html(arguments.html)
+        console.print(f"-> {arguments.html}")
 
 
 def _score(arguments: Any) -> None:

@@ -67,6 +67,26 @@ def test_other_behaviours_and_system_prompts(folder, capsys):
     assert "NAME=FILE" in capsys.readouterr().err
 
 
+def test_project(folder, capsys):
+    vectors, page = folder / "p.safetensors", folder / "p.html"
+    assert run(folder, "extract", "--pairs", "formality", "--out", vectors, "--layers", 0, 1, 2) == 0
+    capsys.readouterr()
+    options = ("--vectors", vectors, "--measure", "component")
+    assert run(folder, "project", "--text", "[b]Hi?", "--generate", 4, "--multiplier", 2, "--html", page, *options) == 0
+    out = capsys.readouterr().out
+    assert "layer 1, x · v / |v|²" in out
+    assert "steered: 2 * formality at layer 1, after_instruction" in out
+    assert "[b]Hi?" in out
+    assert "<|im_start|>" in out
+    assert "steered: 2 * formality" in page.read_text(encoding="utf-8")
+    assert run(folder, "project", "--text", "[b]Hi?", "--plain", "--layer", 2, *options) == 0
+    out = capsys.readouterr().out
+    assert "layer 2" in out
+    assert "<|im_start|>" not in out
+    assert run(folder, "project", "--text", "Hi?", "--layer", 5, *options) == 1
+    assert "no vector for layer 5" in capsys.readouterr().err
+
+
 def test_demo(folder, capsys):
     assert run(folder, "demo", "--out", folder / "out", "--layer", 1) == 0
     out = capsys.readouterr().out
@@ -82,7 +102,7 @@ def test_errors_are_one_line_on_stderr(folder, capsys):
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["demo", "extract", "generate", "score", "sweep"])
+@pytest.mark.parametrize("command", ["demo", "extract", "generate", "project", "score", "sweep"])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])

@@ -35,6 +35,7 @@ __all__ = [
     "check_layers",
     "describe",
     "device_of",
+    "has_hooks",
     "hooks",
     "load_model",
     "pad",
@@ -249,6 +250,11 @@ def _point_name(model: Model, name: str) -> str:
     if found is None:
         raise MissingError(f"{describe(model).name} has no hook point {name!r}; model.hook_dict lists them.")
     return found
+
+
+def has_hooks(model: Model) -> bool:
+    """Whether any forward hook is on the model now."""
+    return any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 @contextmanager
