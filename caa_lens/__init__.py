@@ -23,6 +23,8 @@ from caa_lens.logits import logit_attribution, logit_lens
 from caa_lens.models import load_model
 from caa_lens.pairs import ContrastPair, PairSet
 from caa_lens.patching import PatchResult, patch
+from caa_lens.projected import Projection
+from caa_lens.projection import project
 from caa_lens.prompts import ChatTemplate, Llama2Base, Llama2Chat, Plain, Template
 from caa_lens.provenance import Provenance
 from caa_lens.separation import separability
@@ -50,6 +52,8 @@ __all__ = [
     "steering_hooks",
     "generate",
     "show_positions",
+    "project",
+    "Projection",
     "score",
     "sweep",
     "SweepResult",

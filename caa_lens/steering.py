@@ -24,7 +24,7 @@ from caa_lens.errors import InputError
 from caa_lens.hooks import Vectors, flatten, steering_hook, template_for
 from caa_lens.models import Inputs, Model, describe, device_of, hooks, pad, run, tokenizer_of, watch_inputs
 from caa_lens.positions import Positions, PositionTracker, known_prompts, marked_as_steered
-from caa_lens.prompts import Conversation, Message, Prompt, Template
+from caa_lens.prompts import Conversation, Message, Template
 
 
 @contextmanager
@@ -130,14 +130,16 @@ def generate(
     for start in range(0, len(encoded), batch_size):
         batch = encoded[start : start + batch_size]
         generators = [torch.Generator().manual_seed(_row_seed(seed, start + row)) for row in range(len(batch))]
-        answers += _generate_batch(
-            model,
-            batch,
-            max_new_tokens=max_new_tokens,
-            stop_ids=chosen.stop_ids(tokenizer),
-            choose=lambda scores, generators=generators: choose(scores, generators),  # type: ignore[misc]
-            emit=(_print if stream is True else stream) or None,
-        )
+        with known_prompts([prompt.instruction_end for prompt in batch]):
+            rows = generate_ids(
+                model,
+                [prompt.ids for prompt in batch],
+                max_new_tokens=max_new_tokens,
+                stop_ids=chosen.stop_ids(tokenizer),
+                choose=lambda scores, generators=generators: choose(scores, generators),  # type: ignore[misc]
+                emit=(_print if stream is True else stream) or None,
+            )
+        answers += [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
     return answers[0] if single else answers
 
 
@@ -202,43 +204,55 @@ def _sampler(
 
 
 @torch.no_grad()
-def _generate_batch(
+def generate_ids(
     model: Model,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     stop_ids: frozenset[int],
-    choose: Callable[[Float[Tensor, "batch d_vocab"]], Int[Tensor, " batch"]],
-    emit: Callable[[str], None] | None,
-) -> list[str]:
+    choose: Callable[[Float[Tensor, "batch d_vocab"]], Int[Tensor, " batch"]] = lambda scores: scores.argmax(-1),
+    emit: Callable[[str], None] | None = None,
+    run_last: bool = False,
+) -> list[list[int]]:
+    """The loop of `generate`: the prompts, padded on the left, in one pass, then one token a step from the KV cache.
+
+    Args:
+        prompts: token ids, one row a prompt.
+        stop_ids: tokens that end an answer; they are not part of it.
+        choose: from logits to the next tokens; greedy by default.
+        emit: called with each new piece of the first row's text.
+        run_last: run the last token too, for hooks that read every token of the answer.
+
+    Returns:
+        The new ids, one row a prompt.
+    """
     tokenizer = tokenizer_of(model)
-    pad_id = tokenizer.pad_token_id or 0
-    tokens, mask = pad([prompt.ids for prompt in prompts], side="left", pad_id=pad_id, device=device_of(model))
+    tokens, mask = pad(prompts, side="left", pad_id=tokenizer.pad_token_id or 0, device=device_of(model))
     rows: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
-    said = ""
-    with known_prompts([prompt.instruction_end for prompt in prompts]):
-        past = None
-        for _ in range(max_new_tokens):
-            logits, past = run(model, tokens, mask, past=past, grow=True, logits=1)
-            assert logits is not None
-            chosen = choose(logits[:, -1])
-            for row, token in enumerate(chosen.tolist()):
-                if row in unfinished:
-                    if token in stop_ids:
-                        unfinished.discard(row)
-                    else:
-                        rows[row].append(token)
-            if emit:
-                text = tokenizer.decode(rows[0], skip_special_tokens=True)
-                # A token may end inside a character; wait for the rest of it.
-                if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                    emit(text[len(said) :])
-                    said = text
-            if not unfinished:
-                break
-            tokens, mask = chosen.unsqueeze(1), torch.ones_like(mask[:, :1])
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+    said, past = "", None
+    for _ in range(max_new_tokens):
+        logits, past = run(model, tokens, mask, past=past, grow=True, logits=1)
+        assert logits is not None
+        chosen = choose(logits[:, -1])
+        for row, token in enumerate(chosen.tolist()):
+            if row in unfinished:
+                if token in stop_ids:
+                    unfinished.discard(row)
+                else:
+                    rows[row].append(token)
+        if emit:
+            text = tokenizer.decode(rows[0], skip_special_tokens=True)
+            # A token may end inside a character; wait for the rest of it.
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                emit(text[len(said) :])
+                said = text
+        if not unfinished:
+            break
+        tokens, mask = chosen.unsqueeze(1), torch.ones_like(mask[:, :1])
+    if run_last and unfinished:
+        run(model, tokens, mask, past=past, grow=True)
+    return rows
 
 
 def show_positions(
