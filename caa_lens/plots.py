@@ -8,7 +8,7 @@ a mean would move with other items, as in `SweepResult`; it says nothing of othe
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -50,15 +50,11 @@ SCORES = {
     "letter_published": "p(matching) by the published formula",
     "logprob": "mean log p(positive) \N{MINUS SIGN} log p(negative)",
 }
-MEASURES = {
-    "dot": "dot product with v",
-    "cosine": "cosine with v",
-    "component": "component along v (units of |v|)",
-}
+MEASURES = {"dot": "x \N{DOT OPERATOR} v", "cosine": "cosine of x and v", "component": "component along v (units of v)"}
 
 
 class Projected(Protocol):
-    """What `plot_projection` reads of a projection."""
+    """What `plot_projection` reads of a projection: `[token]` or `[layer, token]` values, and their names."""
 
     @property
     def values(self) -> Tensor: ...
@@ -68,6 +64,8 @@ class Projected(Protocol):
     def layers(self) -> Sequence[int]: ...
     @property
     def measure(self) -> str: ...
+    @property
+    def title(self) -> str: ...
 
 
 def plot_sweep(
@@ -85,20 +83,20 @@ def plot_sweep(
         ax: where to draw; a new figure by default.
 
     Raises:
-        InputError: another `by`, a layer with `by="layer"`, effects asked of one multiplier, or one axis for several panels.
+        InputError: another `by`, a single layer with `by="layer"`, effects asked of one multiplier, or one axis for several panels.
         MissingError: a layer that the sweep does not have.
     """
     layers = sorted(result.items["layer"].unique())
     by = by or ("layer" if len(layers) > 1 and layer is None else "multiplier")
     if by not in ("layer", "multiplier"):
         raise InputError(f"by={by!r}: allowed are 'layer' and 'multiplier'.")
-    if by == "layer" and layer is not None:
-        raise InputError(f"layer={layer} goes with by='multiplier'; by='layer' shows all layers.")
+    if by == "layer" and (layer is not None or len(layers) == 1):
+        raise InputError("by='layer' compares all layers of a sweep; for one layer use by='multiplier'.")
+    panels = _by_system(result)
     if by == "multiplier" and layer is None:
-        layer = int(result.best()["layer"] if len(layers) > 1 else layers[0])
+        layer = layers[0] if len(layers) == 1 else _best_layer(panels.values())
     if layer is not None and layer not in layers:
         raise MissingError(f"layer {layer} was not swept; there are {', '.join(map(str, layers))}.")
-    panels = _by_system(result)
     if ax is not None and len(panels) > 1:
         raise InputError(f"an axis holds one system prompt, and {len(panels)} were swept; leave ax out.")
     with canvas(ax, 3.0 * len(panels) + 3.4, 3.6, panels=len(panels)) as (figure, axes):
@@ -120,6 +118,10 @@ def _by_system(result: SweepResult) -> dict[str, SweepResult]:
     return {f"system prompt: {name}": replace(result, items=part.drop(columns="system")) for name, part in groups}
 
 
+def _best_layer(results: Iterable[SweepResult]) -> int:
+    return int(max((result.best() for result in results), key=lambda best: float(best["effect"]))["layer"])
+
+
 def _draw_effects(ax: Axes, result: SweepResult) -> None:
     table = result.effects().rename(columns={"effect": "value", "effect_low": "low", "effect_high": "high"})
     ax.axhline(0, color="black", linewidth=0.6)
@@ -128,7 +130,6 @@ def _draw_effects(ax: Axes, result: SweepResult) -> None:
     unit = "nats per token" if result.metric.name == "logprob" else "nats"
     ax.set(xlabel="layer", ylabel=f"{what}\n({unit} per unit of multiplier)")
     ax.set_title(f"{result.provenance['pairs']}, n = {table['n'].iloc[0]}")
-    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator
 
 
 def _draw_scores(ax: Axes, result: SweepResult, layer: int | None) -> None:
@@ -157,12 +158,14 @@ def _draw_vectors(ax: Axes, table: pd.DataFrame, x: str) -> None:
         if len(ends) == 1:
             ax.vlines(ends.index, ends["low"], ends["high"], alpha=0.5, **style)
         else:
-            ax.fill_between(ends.index, ends["low"], ends["high"], alpha=0.25 if own else 0.15, linewidth=0, **style)
+            ax.fill_between(ends.index, ends["low"], ends["high"], alpha=0.25 if own else 0.12, linewidth=0, **style)
         for k, name in enumerate(names):
             line = rows[rows["vector"] == name]
             label = {"label": kind if len(names) == 1 else f"{kind} ({len(names)})"} if k == 0 else {}
             width = 1.8 if own else 1.0
             ax.plot(line[x], line["value"], marker=MARKERS[number % len(MARKERS)], linewidth=width, **style, **label)
+    places = sorted(table[x].unique())
+    ax.set_xticks(places[:: -(-len(places) // 16)])
 
 
 def plot_heatmap(
@@ -229,7 +232,7 @@ def plot_projection(projection: Projected, ax: Axes | None = None) -> Figure:
     unit = MEASURES.get(projection.measure, projection.measure)
     limit = _limit_without_first(values)
     if values.ndim == 2:
-        names: dict[str, Any] = {"row_name": "layer", "column_name": "token", "unit": unit, "limit": limit}
+        names: dict[str, Any] = {"row_name": "layer", "column_name": "token", "unit": unit, "limit": limit, "title": projection.title}
         return plot_heatmap(values, list(projection.layers), list(projection.tokens), ax=ax, **names)
     n = len(values)
     with canvas(ax, min(max(1.2 + 0.22 * n, 4), 13), 2.8) as (figure, (axis,)):
@@ -246,7 +249,7 @@ def plot_projection(projection: Projected, ax: Axes | None = None) -> Figure:
                 size=7,
             )
         label_ticks(axis.xaxis, list(projection.tokens), at_most=MOST_TOKENS)
-        axis.set(xlabel="token", ylabel=unit, title=f"layer {projection.layers[0]}")
+        axis.set(xlabel="token", ylabel=unit, title=projection.title)
     return figure
 
 

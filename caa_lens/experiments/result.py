@@ -14,7 +14,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -22,6 +22,10 @@ from caa_lens.errors import InputError
 from caa_lens.experiments.scoring import Metric
 from caa_lens.experiments.statistics import bootstrap_mean, slopes
 from caa_lens.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,14 @@ class SweepResult:
                 f"{largest['effect']:+.3f}, which the interval does not exceed."
             )
         return f"{what}. Beyond every control of the same norm; the largest is {largest['vector']!r} at {largest['effect']:+.3f}."
+
+    def plot(
+        self, by: Literal["layer", "multiplier"] | None = None, *, layer: int | None = None, ax: Axes | None = None
+    ) -> Figure:
+        """A figure of the effects by layer, or of the scores by multiplier at one layer; see `caa_lens.plots.plot_sweep`."""
+        from caa_lens.plots import plot_sweep
+
+        return plot_sweep(self, by, layer=layer, ax=ax)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the items' table with the provenance: `.parquet`, `.json` or `.csv` by the suffix, whole or not at all.

@@ -1,0 +1,332 @@
+"""Figures show what the tables say, where they are asked to, and exactly once in a notebook."""
+
+import subprocess
+import sys
+import textwrap
+import xml.etree.ElementTree as xml
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib import pyplot
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+import caa_lens as caa
+from caa_lens.experiments.scoring import METRICS
+from caa_lens.figures import BLUE, GREY, NEGATIVE, POSITIVE, visible
+from caa_lens.plots import plot_heatmap, plot_learning_curve, plot_projection, plot_sweep
+
+VECTORS = {"vector": 1.0, "random-0": 0.1, "random-1": -0.2, "letter": 0.3}
+
+
+def swept(metric="logprob", layers=(2, 4, 6), multipliers=(-1, 0, 1), systems=(), vectors=VECTORS):
+    """A sweep with a planted effect, largest in the middle layer."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for system in systems or [None]:
+        for vector, size in vectors.items():
+            for layer in layers:
+                slope = rng.normal(size / (1 + abs(layer - 4)), 0.1, 12)
+                for multiplier in multipliers:
+                    effect = slope * multiplier + np.linspace(-1, 1, 12)
+                    for item, e in enumerate(effect):
+                        row = {"item": item, "key": "AB"[item % 2], "vector": vector, "layer": layer}
+                        row |= {"system": system} if system else {}
+                        row |= {"multiplier": multiplier, "effect": e, "value": e}
+                        if metric != "logprob":
+                            row |= {"value": 1 / (1 + np.exp(-e)), "mass": 0.8 + 0.1 * multiplier}
+                        rows.append(row)
+    return caa.SweepResult(pd.DataFrame(rows), METRICS[metric](), {"pairs": "planted"})
+
+
+def lines_of(ax):
+    """The drawn lines with several points and a marker, in order."""
+    return [line for line in ax.lines if line.get_marker() != "None"]
+
+
+def band_of(collection):
+    """x -> (low, high) of a filled band."""
+    corners = pd.DataFrame(collection.get_paths()[0].vertices, columns=["x", "y"])
+    return corners.groupby("x")["y"].agg(["min", "max"]).to_numpy()
+
+
+@pytest.fixture
+def ax():
+    return Figure(layout="constrained").subplots()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """No figure is registered with pyplot, no style outlives the drawing, all text is inside the picture."""
+    before = dict(matplotlib.rcParams)
+    yield
+    assert pyplot.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
+
+
+def assert_whole(figure):
+    """Lays the figure out; no text reaches over its edge."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer, frame = canvas.get_renderer(), figure.bbox
+    for text in figure.findobj(matplotlib.text.Text):
+        if text.get_visible() and text.get_text():
+            box = text.get_window_extent(renderer)
+            assert box.x0 >= frame.x0 - 1, text
+            assert box.x1 <= frame.x1 + 1, text
+            assert box.y0 >= frame.y0 - 1, text
+            assert box.y1 <= frame.y1 + 1, text
+
+
+def test_effects_by_layer_are_those_of_the_table():
+    result = swept()
+    figure = result.plot()
+    (ax,), effects = figure.axes, result.effects()
+    assert_whole(figure)
+    for line, name in zip(lines_of(ax), VECTORS, strict=True):
+        of = effects[effects["vector"] == name]
+        np.testing.assert_allclose(line.get_xydata(), of[["layer", "effect"]])
+    bands = [band_of(collection) for collection in ax.collections]
+    own = effects[effects["vector"] == "vector"]
+    np.testing.assert_allclose(bands[0], own[["effect_low", "effect_high"]])
+    random = effects[effects["vector"].str.startswith("random")].groupby("layer")
+    np.testing.assert_allclose(bands[1], np.stack([random["effect_low"].min(), random["effect_high"].max()], axis=1))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["vector", "random (2)", "letter"]
+    assert [to_hex(line.get_color()).upper() for line in lines_of(ax)][:3] == [BLUE, GREY, GREY]
+    assert "nats per token per unit of multiplier" in ax.get_ylabel()
+    assert list(ax.get_xticks()) == [2, 4, 6]
+
+
+@pytest.mark.parametrize("metric", ["letter", "logprob"])
+def test_scores_by_multiplier_are_those_of_the_table_at_the_best_layer(metric):
+    result = swept(metric)
+    figure = result.plot("multiplier")
+    (ax,), table = figure.axes, result.to_pandas()
+    assert_whole(figure)
+    at_best = table[table["layer"] == 4]
+    for line, name in zip(lines_of(ax), VECTORS, strict=True):
+        np.testing.assert_allclose(line.get_xydata(), at_best.loc[at_best["vector"] == name, ["multiplier", "value"]])
+    own = at_best[at_best["vector"] == "vector"]
+    np.testing.assert_allclose(band_of(ax.collections[0]), own[["low", "high"]])
+    assert result.metric.unit in ax.get_ylabel()
+    assert "layer 4, n = 12" in ax.get_title()
+    assert ("letters together: 0.70 to 0.90" in ax.get_title()) == (metric == "letter")
+
+
+def test_the_layer_of_the_scores_can_be_chosen_and_is_the_only_one_there_is():
+    result = swept()
+    table = result.to_pandas().query("layer == 6 and vector == 'vector'")
+    np.testing.assert_allclose(lines_of(result.plot(layer=6).axes[0])[0].get_ydata(), table["value"])
+    assert swept(layers=(6,)).plot().axes[0].get_xlabel() == "multiplier"
+
+
+def test_a_single_setting_has_its_interval_too():
+    result = swept(layers=(4,), multipliers=(0,), vectors={"none": 0.0})
+    (ax,) = result.plot().axes
+    row = result.to_pandas().iloc[0]
+    np.testing.assert_allclose(ax.collections[0].get_segments()[0], [[0, row["low"]], [0, row["high"]]])
+    np.testing.assert_allclose(lines_of(ax)[0].get_xydata(), [[0, row["value"]]])
+
+
+def test_each_system_prompt_has_a_panel_of_the_same_scale():
+    result = swept(systems=("none", "polite"))
+    for by, x in (("layer", "layer"), ("multiplier", "multiplier")):
+        figure = result.plot(by)
+        assert_whole(figure)
+        assert [ax.get_title().splitlines()[0] for ax in figure.axes] == [
+            "system prompt: none",
+            "system prompt: polite",
+        ]
+        assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+        assert [ax.get_xlabel() for ax in figure.axes] == [x, x]
+    own = swept(systems=("polite",)).plot().axes[0]
+    assert "polite" in own.get_title()
+    with pytest.raises(caa.InputError, match="an axis holds one system prompt, and 2 were swept"):
+        result.plot(ax=Figure().subplots())
+
+
+def test_what_a_sweep_cannot_show_is_refused(unchecked):
+    result = swept()
+    with pytest.raises(caa.InputError, match="allowed are 'layer' and 'multiplier'"):
+        plot_sweep(result, "item")
+    with pytest.raises(caa.InputError, match="for one layer use by='multiplier'"):
+        result.plot("layer", layer=4)
+    with pytest.raises(caa.InputError, match="for one layer use by='multiplier'"):
+        swept(layers=(4,)).plot("layer")
+    with pytest.raises(caa.MissingError, match="layer 5 was not swept; there are 2, 4, 6"):
+        result.plot(layer=5)
+    with pytest.raises(caa.InputError, match="at least two multipliers"):
+        swept(multipliers=(1,)).plot()
+
+
+def test_a_heat_map_is_its_table_with_zero_in_the_middle():
+    values = torch.tensor([[0.5, -0.2, float("nan")], [-2.0, 0.1, 0.3]])
+    names = {"row_name": "layer", "column_name": "position", "unit": "effect (logits)"}
+    figure = plot_heatmap(values, [3, 4], [" a", "\n", "$x^$"], title="patch", **names)
+    assert_whole(figure)
+    ax, bar = figure.axes
+    image = ax.images[0]
+    np.testing.assert_allclose(image.get_array().filled(np.nan), values)
+    assert image.get_clim() == (-2, 2)
+    assert image.origin == "lower"
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["\u2423a", "\u21b5", "$x^$"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["3", "4"]
+    assert (ax.get_ylabel(), ax.get_xlabel(), bar.get_ylabel(), ax.get_title()) == (
+        "layer",
+        "position",
+        "effect (logits)",
+        "patch",
+    )
+    assert plot_heatmap(values, [3, 4], [0, 1, 2], limit=1.0, **names).axes[0].images[0].get_clim() == (-1, 1)
+    assert plot_heatmap(values, [3, 4], [0, 1, 2], centred=False, **names).axes[0].images[0].get_clim() == (-2, 0.5)
+    assert plot_heatmap(0 * values, [3, 4], [0, 1, 2], **names).axes[0].images[0].get_clim() == (-1, 1)
+    with pytest.raises(caa.InputError, match="3 row and 3 column labels do not fit values of shape"):
+        plot_heatmap(values, [1, 2, 3], [0, 1, 2], **names)
+    with pytest.raises(caa.InputError, match="limit=0 must be above 0"):
+        plot_heatmap(values, [3, 4], [0, 1, 2], limit=0, **names)
+
+
+def projection(values, tokens, layers=(14,), measure="dot"):
+    return SimpleNamespace(
+        values=torch.tensor(values), tokens=tokens, layers=layers, measure=measure, title=f"v, layers {layers}"
+    )
+
+
+def test_a_projection_at_one_layer_is_a_bar_a_token():
+    figure = plot_projection(projection([1.0, -2.0, 0.5], ["Hi", " <script>", "\n"], measure="cosine"))
+    assert_whole(figure)
+    (ax,) = figure.axes
+    assert [bar.get_height() for bar in ax.patches] == [1.0, -2.0, 0.5]
+    colors = [to_hex(bar.get_facecolor()).upper() for bar in ax.patches]
+    assert colors == [POSITIVE, NEGATIVE, POSITIVE]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["Hi", "\u2423<script>", "\u21b5"]
+    assert ax.get_ylabel() == "cosine of x and v"
+    assert ax.get_title() == "v, layers (14,)"
+
+
+def test_a_projection_at_several_layers_is_a_heat_map():
+    values = [[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]]
+    figure = plot_projection(projection(values, ["a", "b", "c"], (3, 7)))
+    assert_whole(figure)
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), values)
+    assert figure.axes[0].images[0].get_clim() == (-3, 3)
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["3", "7"]
+
+
+def test_a_first_token_that_dwarfs_the_others_does_not_set_the_scale():
+    (ax,) = plot_projection(projection([-90.0, -2.0, 1.0], ["<s>", "a", "b"])).axes
+    assert ax.get_ylim() == pytest.approx((-2.2, 2.2))
+    assert [t.get_text() for t in ax.texts] == ["-90"]
+    assert ax.patches[0].get_height() == -90
+    ax, bar = plot_projection(projection([[-90.0, -2.0, 1.0]] * 2, ["<s>", "a", "b"], (1, 2))).axes
+    assert ax.images[0].get_clim() == (-2, 2)
+    assert ax.images[0].colorbar.extend == "both"
+
+
+@pytest.mark.parametrize("n", [1, 60, 61, 4000])
+def test_at_most_sixty_tokens_are_named_each_at_its_place(n):
+    tokens = [f" t{i}" for i in range(n)]
+    for values in (np.ones(n), np.ones((2, n))):
+        figure = plot_projection(projection(values.tolist(), tokens, (1, 2)[: values.ndim]))
+        ticks = figure.axes[0].xaxis.get_major_ticks()
+        assert n / 2 - 1 < len(ticks) <= 60 or (n > 120 and 30 <= len(ticks) <= 60)
+        for tick in ticks:
+            place = round(tick.get_loc())
+            assert tick.label1.get_text() == (f"\u2423t{place}" if n <= 60 else f"{place} \u2423t{place}")
+
+
+def test_tokens_are_made_visible_whatever_they_hold():
+    assert visible(" a\tb\n") == "\u2423a\u21e5b\u21b5"
+    assert visible("\x00") == "\\x00"
+    assert visible("\u4e2d") == "\\u4e2d"  # the default font has no such glyph
+    assert visible("incomprehensibilities") == "incomprehensibi\u2026"
+
+
+def test_a_learning_curve_has_a_line_a_layer():
+    frame = pd.DataFrame(
+        {"layer": [5, 5, 5, 2, 2, 2], "n_pairs": [16, 4, 8] * 2, "split_half_cosine": [0.9, 0.5, 0.7, 0.6, -0.1, 0.3]}
+    )
+    figure = plot_learning_curve(frame)
+    assert_whole(figure)
+    (ax,) = figure.axes
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[4, -0.1], [8, 0.3], [16, 0.6]])
+    np.testing.assert_allclose(ax.lines[1].get_xydata(), [[4, 0.5], [8, 0.7], [16, 0.9]])
+    assert [line.get_label() for line in ax.lines] == ["layer 2", "layer 5"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["4", "8", "16"]
+    assert ax.get_ylim()[0] <= -0.1
+    with pytest.raises(caa.InputError, match="lacks n_pairs"):
+        plot_learning_curve(frame.drop(columns="n_pairs"))
+
+
+def test_every_figure_draws_on_the_axis_it_is_given_and_returns_its_figure():
+    tokens = projection([1.0, -1.0], ["a", "b"])
+    curve = pd.DataFrame({"layer": [1, 1], "n_pairs": [4, 8], "split_half_cosine": [0.1, 0.2]})
+    names = {"row_name": "r", "column_name": "c", "unit": "u"}
+    for draw in (
+        lambda ax: swept().plot(ax=ax),
+        lambda ax: swept().plot("multiplier", ax=ax),
+        lambda ax: plot_heatmap(torch.eye(2), [0, 1], [0, 1], ax=ax, **names),
+        lambda ax: plot_projection(tokens, ax=ax),
+        lambda ax: plot_learning_curve(curve, ax=ax),
+    ):
+        figure = Figure()
+        left, right = figure.subfigures(1, 2)
+        mine, other = left.subplots(), right.subplots()
+        assert draw(mine) is figure
+        assert mine.has_data()
+        assert not other.has_data()
+
+
+def test_figures_are_saved_as_png_and_svg(tmp_path):
+    figure = swept().plot()
+    figure.savefig(tmp_path / "a.png")
+    figure.savefig(tmp_path / "a.svg", bbox_inches="tight")
+    assert pyplot.imread(tmp_path / "a.png").shape[:2] == (360, 640)
+    assert xml.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_matplotlib_is_loaded_by_the_first_plot_only_and_its_absence_says_what_to_install():
+    assert run("import caa_lens, sys; print('matplotlib' in sys.modules)") == "False"
+    found = run(
+        """
+        import sys
+        sys.modules["matplotlib"] = None
+        import pandas as pd, caa_lens as caa
+        try:
+            caa.SweepResult(pd.DataFrame(), None, {}).plot()
+        except caa.MissingError as error:
+            print(error)
+        """
+    )
+    assert found == "plots need matplotlib; install it with pip install 'caa-lens[plot]'."
+
+
+NOTEBOOK_FIGURE = """
+import pandas as pd
+from caa_lens.plots import plot_learning_curve
+frame = pd.DataFrame({"layer": [1, 1], "n_pairs": [4, 8], "split_half_cosine": [0.1, 0.2]})
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # of the kernel and its sockets
+@pytest.mark.parametrize("before", ["", "%matplotlib inline", "from matplotlib import pyplot; pyplot.figure();"])
+def test_a_notebook_shows_a_figure_exactly_once(before):
+    nbformat, nbclient = pytest.importorskip("nbformat.v4"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    cells = [before, NOTEBOOK_FIGURE, "plot_learning_curve(frame)", "figure = plot_learning_curve(frame)"]
+    notebook = nbformat.new_notebook(cells=[nbformat.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=120).execute()
+    _, setup, shown, kept = notebook.cells
+    assert [len(cell.outputs) for cell in (setup, shown, kept)] == [0, 1, 0]
+    assert "image/png" in shown.outputs[0].data
