@@ -31,13 +31,11 @@ def new_figure(width: float, height: float) -> Figure:
     """An empty figure of this size in inches.
 
     Raises:
-        InputError: matplotlib is not installed.
+        MissingError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure as NewFigure
-    except ImportError as error:
-        raise InputError("plots need matplotlib; install it with pip install 'caa-lens[plot]'.") from error
-    return NewFigure(figsize=(width, height), layout="constrained")
+    from caa_lens.figures import NotebookFigure
+
+    return NotebookFigure(figsize=(width, height), layout="constrained")
 
 
 def axes_of(ax: Axes | None, width: float, height: float) -> tuple[Figure, Any]:
