@@ -21,7 +21,7 @@ from caa_lens.geometry import norms, pca, similarity
 from caa_lens.hooks import steering_hooks
 from caa_lens.logits import logit_attribution, logit_lens
 from caa_lens.models import load_model
-from caa_lens.pairs import ContrastPair, PairSet, behaviours, load_pairs
+from caa_lens.pairs import ContrastPair, PairSet
 from caa_lens.patching import PatchResult, patch
 from caa_lens.projected import Projection
 from caa_lens.projection import project
