@@ -20,8 +20,11 @@ from caa_lens.errors import MissingError
 try:
     import matplotlib
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties, findfont, get_font
+    from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise MissingError("plots need matplotlib; install it with pip install 'caa-lens[plot]'.") from error
 
@@ -84,6 +87,16 @@ def canvas(ax: Axes | None, width: float, height: float, *, panels: int = 1) -> 
 def colormap(name: str) -> Any:
     """A colour map by name, grey where there is no number."""
     return matplotlib.colormaps[name].with_extremes(bad="#DDDDDD")
+
+
+def layer_colors(layers: Sequence[int]) -> ScalarMappable:
+    """A colour for each layer, from dark to light."""
+    return ScalarMappable(Normalize(min(layers), max(layers)), colormap(SEQUENTIAL))
+
+
+def layer_bar(figure: Figure, ax: Axes, colors: ScalarMappable) -> None:
+    """The key to `layer_colors` beside the axis."""
+    figure.colorbar(colors, ax=ax, label="layer", pad=0.02, ticks=MaxNLocator(integer=True))
 
 
 def visible(token: str) -> str:
