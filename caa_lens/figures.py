@@ -20,6 +20,8 @@ from caa_lens.errors import MissingError
 try:
     import matplotlib
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.ticker import MaxNLocator
@@ -88,6 +90,16 @@ def canvas(
 def colormap(name: str) -> Any:
     """A colour map by name, grey where there is no number."""
     return matplotlib.colormaps[name].with_extremes(bad="#DDDDDD")
+
+
+def layer_colors(layers: Sequence[int]) -> ScalarMappable:
+    """A colour for each layer, from dark to light."""
+    return ScalarMappable(Normalize(min(layers), max(layers)), colormap(SEQUENTIAL))
+
+
+def layer_bar(figure: Figure, ax: Axes, colors: ScalarMappable) -> None:
+    """The key to `layer_colors` beside the axis."""
+    figure.colorbar(colors, ax=ax, label="layer", pad=0.02, ticks=MaxNLocator(integer=True))
 
 
 def visible(token: str) -> str:

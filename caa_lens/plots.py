@@ -1,8 +1,10 @@
 """Figures of sweeps, projections and learning curves: what the tables say, with intervals, units and controls.
 
-Every function draws on the axis that it is given, or makes a figure of its own, and returns the figure, which saves as PNG, SVG or
-PDF with `figure.savefig`. Layers grow upwards or to the right; red is positive, blue negative, white zero. An interval shows how far
-a mean would move with other items, as in `SweepResult`; it says nothing of other models or training pairs.
+Every function draws on the axis it is given, or makes a figure of its own, and returns the figure, which saves as PNG, SVG or
+PDF with `figure.savefig`. Layers grow upwards or to the right; red is positive, blue negative, white zero. An interval shows how
+far a mean would move with other items, as in `SweepResult`; it says nothing of other models or training pairs.
+
+A notebook shows a new figure once. On an axis of a pyplot figure, end the line with a semicolon: pyplot shows that figure itself.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ from caa_lens.figures import (
     canvas,
     colormap,
     label_ticks,
+    layer_bar,
+    layer_colors,
 )
 
 By = Literal["layer", "multiplier"]
@@ -154,14 +158,14 @@ def _draw_vectors(ax: Axes, table: pd.DataFrame, x: str) -> None:
         rows, own = table[kinds == kind].sort_values(x), kind in ("vector", "none")
         names = list(dict.fromkeys(rows["vector"]))
         ends = rows.groupby(x).agg({"low": "min", "high": "max"})
-        style = {"color": color, "zorder": 4 if own else 2}
+        style: dict[str, Any] = {"color": color, "zorder": 4 if own else 2}
         if len(ends) == 1:
             ax.vlines(ends.index, ends["low"], ends["high"], alpha=0.5, **style)
         else:
             ax.fill_between(ends.index, ends["low"], ends["high"], alpha=0.25 if own else 0.12, linewidth=0, **style)
         for k, name in enumerate(names):
             line = rows[rows["vector"] == name]
-            label = {"label": kind if len(names) == 1 else f"{kind} ({len(names)})"} if k == 0 else {}
+            label: dict[str, Any] = {"label": kind if len(names) == 1 else f"{kind} ({len(names)})"} if k == 0 else {}
             width = 1.8 if own else 1.0
             ax.plot(line[x], line["value"], marker=MARKERS[number % len(MARKERS)], linewidth=width, **style, **label)
     places = sorted(table[x].unique())
@@ -221,50 +225,37 @@ def plot_heatmap(
 def plot_projection(projection: Projected, ax: Axes | None = None) -> Figure:
     """Every token's projection on the vector: a bar a token at one layer, a heat map of layers and tokens otherwise.
 
-    The first token's activation is often many times larger than any other. Where it is, the scale is that of the other tokens,
-    and its number is written beside its cut bar.
+    Some activations, the first token's above all, are often many times larger than all others. Where the largest size is more than
+    three times the 98th percentile, the scale ends at 1.5 times that, and the title says what lies beyond.
 
     Args:
         projection: of `project`.
         ax: where to draw; a new figure by default.
     """
-    values = projection.values.detach().cpu().float()
-    unit = MEASURES.get(projection.measure, projection.measure)
-    limit = _limit_without_first(values)
+    values = projection.values.detach().cpu().float().numpy()
+    unit, tokens = MEASURES.get(projection.measure, projection.measure), list(projection.tokens)
+    limit, title = _limit(values), projection.title
+    if limit is not None:
+        beyond = values[np.abs(values) > limit]
+        title += f"\nbeyond the scale: {len(beyond)} of {values.size}, up to {beyond[np.abs(beyond).argmax()]:+.3g}"
     if values.ndim == 2:
-        names: dict[str, Any] = {
-            "row_name": "layer",
-            "column_name": "token",
-            "unit": unit,
-            "limit": limit,
-            "title": projection.title,
-        }
-        return plot_heatmap(values, list(projection.layers), list(projection.tokens), ax=ax, **names)
-    n = len(values)
-    with canvas(ax, min(max(1.2 + 0.22 * n, 4), 13), 2.8) as (figure, (axis,)):
-        bars = axis.bar(range(n), values, width=0.85, color=np.where(values.numpy() < 0, NEGATIVE, POSITIVE))
+        names: dict[str, Any] = {"row_name": "layer", "column_name": "token", "unit": unit, "title": title}
+        return plot_heatmap(values, list(projection.layers), tokens, limit=limit, ax=ax, **names)
+    with canvas(ax, min(max(1.2 + 0.22 * len(tokens), 4), 13), 2.8) as (figure, (axis,)):
+        axis.bar(range(len(tokens)), values, width=0.85, color=np.where(values < 0, NEGATIVE, POSITIVE))
         axis.axhline(0, color="black", linewidth=0.6)
         axis.margins(x=0.01)
         if limit is not None:
-            axis.set_ylim(-1.1 * limit, 1.1 * limit)
-            axis.annotate(
-                f"{float(values[0]):+.3g}",
-                (0, float(np.sign(values[0])) * 1.1 * limit),
-                textcoords="offset points",
-                xytext=(6, -8 if values[0] > 0 else 3),
-                size=7,
-            )
-        label_ticks(axis.xaxis, list(projection.tokens), at_most=MOST_TOKENS)
-        axis.set(xlabel="token", ylabel=unit, title=projection.title)
+            axis.set_ylim(-limit, limit)
+        label_ticks(axis.xaxis, tokens, at_most=MOST_TOKENS)
+        axis.set(xlabel="token", ylabel=unit, title=title)
     return figure
 
 
-def _limit_without_first(values: Float[Tensor, "*layer token"]) -> float | None:
-    """The largest size but the first token's, if that is more than twice as large."""
-    if values.shape[-1] < 2:
-        return None
-    first, rest = float(values[..., 0].abs().max()), float(values[..., 1:].abs().max())
-    return rest if first > 2 * rest > 0 else None
+def _limit(values: Float[np.ndarray, "*layer token"]) -> float | None:
+    """1.5 times the 98th percentile of the sizes, where the largest is more than twice that."""
+    end = 1.5 * float(np.quantile(np.abs(values), 0.98, method="lower"))
+    return end if 0 < 2 * end < np.abs(values).max() else None
 
 
 def plot_learning_curve(frame: pd.DataFrame, ax: Axes | None = None) -> Figure:
@@ -281,16 +272,19 @@ def plot_learning_curve(frame: pd.DataFrame, ax: Axes | None = None) -> Figure:
         raise InputError(f"this is no table of learning_curve(): it lacks {', '.join(sorted(missing))}.")
     layers = sorted(frame["layer"].unique())
     with canvas(ax, 5.6, 3.6) as (figure, (axis,)):
-        colors = colormap(SEQUENTIAL)
-        for number, layer in enumerate(layers):
+        colors = layer_colors(layers)
+        for layer in layers:
             line = frame[frame["layer"] == layer].sort_values("n_pairs")
-            color = colors(0.9 * number / max(len(layers) - 1, 1))
-            axis.plot(line["n_pairs"], line["split_half_cosine"], color=color, marker="o", label=f"layer {layer}")
+            style: dict[str, Any] = {"color": colors.to_rgba(layer), "marker": "o", "label": f"layer {layer}"}
+            axis.plot(line["n_pairs"], line["split_half_cosine"], **style)
         sizes = sorted(frame["n_pairs"].unique())
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
         axis.set_ylim(min(0.0, float(frame["split_half_cosine"].min())), 1.02)
         axis.set(xlabel="pairs, half of them in each vector", ylabel="cosine of the two vectors")
-        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), ncols=-(-len(layers) // 16))
+        if len(layers) <= 8:
+            axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        else:
+            layer_bar(figure, axis, colors)
     return figure

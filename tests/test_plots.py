@@ -70,17 +70,13 @@ def nothing_left_behind():
 
 
 def assert_whole(figure):
-    """Lays the figure out; no text reaches over its edge."""
+    """Laid out, nothing reaches over the figure's edge."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    renderer, frame = canvas.get_renderer(), figure.bbox
-    for text in figure.findobj(matplotlib.text.Text):
-        if text.get_visible() and text.get_text():
-            box = text.get_window_extent(renderer)
-            assert box.x0 >= frame.x0 - 1, text
-            assert box.x1 <= frame.x1 + 1, text
-            assert box.y0 >= frame.y0 - 1, text
-            assert box.y1 <= frame.y1 + 1, text
+    drawn, (width, height) = figure.get_tightbbox(canvas.get_renderer()), figure.get_size_inches()
+    assert min(drawn.x0, drawn.y0) > -0.01
+    assert drawn.x1 < width + 0.01
+    assert drawn.y1 < height + 0.01
 
 
 def test_effects_by_layer_are_those_of_the_table():
@@ -218,14 +214,17 @@ def test_a_projection_at_several_layers_is_a_heat_map():
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["3", "7"]
 
 
-def test_a_first_token_that_dwarfs_the_others_does_not_set_the_scale():
-    (ax,) = plot_projection(projection([-90.0, -2.0, 1.0], ["<s>", "a", "b"])).axes
-    assert ax.get_ylim() == pytest.approx((-2.2, 2.2))
-    assert [t.get_text() for t in ax.texts] == ["-90"]
+def test_tokens_that_dwarf_the_others_do_not_set_the_scale():
+    values = [-90.0, *np.linspace(-2, 1, 59)]
+    (ax,) = plot_projection(projection(values, ["t"] * 60)).axes
+    low, high = ax.get_ylim()
+    assert 2 < high == -low <= 3
+    assert "up to -90" in ax.get_title()
     assert ax.patches[0].get_height() == -90
-    ax, bar = plot_projection(projection([[-90.0, -2.0, 1.0]] * 2, ["<s>", "a", "b"], (1, 2))).axes
-    assert ax.images[0].get_clim() == (-2, 2)
+    ax, _ = plot_projection(projection([values] * 2, ["t"] * 60, (1, 2))).axes
+    assert ax.images[0].get_clim() == pytest.approx((low, high))
     assert ax.images[0].colorbar.extend == "both"
+    assert "beyond" not in plot_projection(projection(values[1:], ["t"] * 59)).axes[0].get_title()
 
 
 @pytest.mark.parametrize("n", [1, 60, 61, 4000])
@@ -261,6 +260,14 @@ def test_a_learning_curve_has_a_line_a_layer():
     assert ax.get_ylim()[0] <= -0.1
     with pytest.raises(caa.InputError, match="lacks n_pairs"):
         plot_learning_curve(frame.drop(columns="n_pairs"))
+
+
+def test_many_layers_of_a_learning_curve_share_a_colour_bar():
+    rows = [{"layer": k, "n_pairs": n, "split_half_cosine": n / 10} for k in range(9) for n in (4, 8)]
+    ax, bar = plot_learning_curve(pd.DataFrame(rows)).axes
+    assert bar.get_ylabel() == "layer"
+    assert ax.get_legend() is None
+    assert len({line.get_color() for line in ax.lines}) == 9
 
 
 def test_every_figure_draws_on_the_axis_it_is_given_and_returns_its_figure():
@@ -312,21 +319,21 @@ def test_matplotlib_is_loaded_by_the_first_plot_only_and_its_absence_says_what_t
     assert found == "plots need matplotlib; install it with pip install 'caa-lens[plot]'."
 
 
-NOTEBOOK_FIGURE = """
+CURVE = """
 import pandas as pd
 from caa_lens.plots import plot_learning_curve
 frame = pd.DataFrame({"layer": [1, 1], "n_pairs": [4, 8], "split_half_cosine": [0.1, 0.2]})
 """
 
 
-@pytest.mark.filterwarnings("ignore")  # of the kernel and its sockets
-@pytest.mark.parametrize("before", ["", "%matplotlib inline", "from matplotlib import pyplot; pyplot.figure();"])
-def test_a_notebook_shows_a_figure_exactly_once(before):
+@pytest.mark.filterwarnings("ignore")  # of the kernel's sockets
+def test_a_notebook_shows_a_figure_exactly_once_with_and_without_the_inline_backend():
     nbformat, nbclient = pytest.importorskip("nbformat.v4"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    cells = [before, NOTEBOOK_FIGURE, "plot_learning_curve(frame)", "figure = plot_learning_curve(frame)"]
-    notebook = nbformat.new_notebook(cells=[nbformat.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(notebook, timeout=120).execute()
-    _, setup, shown, kept = notebook.cells
-    assert [len(cell.outputs) for cell in (setup, shown, kept)] == [0, 1, 0]
-    assert "image/png" in shown.outputs[0].data
+    plot, keep, pyplots = "plot_learning_curve(frame)", "figure = plot_learning_curve(frame)", "%matplotlib inline"
+    cells = [nbformat.new_code_cell(cell) for cell in (CURVE, plot, keep, pyplots, plot, keep)]
+    nbclient.NotebookClient(nbformat.new_notebook(cells=cells), timeout=300).execute()
+    pictures = [
+        "".join("P" if "image/png" in out.get("data", ()) else "-" for out in cell.outputs) for cell in cells[1:]
+    ]
+    assert pictures == ["P", "", "", "P", ""]
