@@ -262,6 +262,7 @@ def fake_result(slope, control, n=40, seed=0):
 
 def test_verdicts():
     assert "NULL" in fake_result(0.0, 0.0).verdict()
+    assert "OPPOSITE" in fake_result(-1.0, 0.05).verdict()
     assert "NOT SHOWN" in fake_result(0.5, 0.6).verdict()
     assert "Beyond every control" in fake_result(1.0, 0.05).verdict()
     nulls = ["NULL" in fake_result(0.0, 0.0, seed=seed).verdict() for seed in range(40)]

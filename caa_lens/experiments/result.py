@@ -122,6 +122,8 @@ class SweepResult:
             f"{self.provenance['pairs']}, layer {best['layer']}: effect {best['effect']:+.3f} nats per unit of multiplier "
             f"[{best['effect_low']:+.3f}, {best['effect_high']:+.3f}], n = {best['n']}"
         )
+        if best["effect_high"] < 0:
+            return f"{what}. OPPOSITE: the interval lies below zero, and no layer does better."
         if best["effect_low"] <= 0:
             return f"{what}. NULL: the interval includes zero."
         if others.empty:
