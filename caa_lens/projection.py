@@ -71,7 +71,8 @@ def project(
     """Projects every token's `resid_post` on a vector, at its layer or at several.
 
     Inside `with steer(...)` the steered residual stream is projected; `steering=` is short for that. Generated tokens are
-    captured while they are generated, from the KV cache, and equal one pass over the same tokens.
+    captured while they are generated, from the KV cache, and equal one pass over the same tokens. Texts longer than `PIECE` run
+    piece by piece from the KV cache too, unless the model is steered or has hooks of yours, which may count on whole texts.
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`.
@@ -109,6 +110,7 @@ def project(
     # Steering and the user's own hooks may depend on seeing a whole text at once.
     reader = _Reader(model, targets, measure, stop_ids, in_pieces=not added and not has_hooks(model))
     specials = set(tokenizer.all_special_ids)
+    surrounded = is_steered(model)  # by a context whose strengths may belong to the rows as they are given
     words = _in_words(model, added, positions)
     found: dict[int, Projection] = {}
     with ExitStack() as stack:
@@ -120,7 +122,7 @@ def project(
         bar = stack.enter_context(
             tqdm(total=total, desc="project", unit="token", disable=not progress or total <= 4 * PIECE)
         )
-        for batch in _batches(rows, batch_size):
+        for batch in _batches(rows, batch_size, in_order=surrounded):
             read = reader.read([rows[i] for i in batch], max_new_tokens, bar.update)
             for index, (ids, values) in zip(batch, read, strict=True):
                 found[index] = Projection(
@@ -216,12 +218,16 @@ def _encode(model: Model, template: Template, text: Any, max_new_tokens: int) ->
     return row
 
 
-def _batches(rows: Sequence[_Row], batch_size: int) -> list[list[int]]:
-    """Rows of like length together; long ones alone, and those whose prompt's end steering has to search in the tokens apart."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    batches = [[i] for i in order if len(rows[i].ids) > PIECE]
+def _batches(rows: Sequence[_Row], batch_size: int, *, in_order: bool) -> list[list[int]]:
+    """Rows whose prompt's end steering has to search in the tokens apart from the others; unless the order counts, rows of like
+    length together and long ones alone."""
+    order, batches = list(range(len(rows))), []
+    if not in_order:
+        order.sort(key=lambda i: len(rows[i].ids))
+        batches = [[i] for i in order if len(rows[i].ids) > PIECE]
+        order = order[: len(order) - len(batches)]
     for known in (True, False):
-        group = [i for i in order if len(rows[i].ids) <= PIECE and (rows[i].end is not None) == known]
+        group = [i for i in order if (rows[i].end is not None) == known]
         batches += [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
     return batches
 

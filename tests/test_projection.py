@@ -172,6 +172,17 @@ def test_batches_of_any_size_and_kind_equal_each_text_alone(model, vectors):
             torch.testing.assert_close(one.values, other.values, **CLOSE)
 
 
+def test_each_text_gets_its_own_strength(model, vectors):
+    """The longest first: what groups texts by length must not swap the rows of a surrounding context."""
+    texts, v = [QUESTIONS[0] + " And why, after all, is that so?", QUESTIONS[0]], vectors[1]
+    with caa.steer(model, v, strength=torch.tensor([2.0, 0.0])):
+        together = caa.project(model, v, texts, measure="component")
+    alone = [caa.project(model, v, texts[0], measure="component", steering=2 * v)]
+    alone.append(caa.project(model, v, texts[1], measure="component"))
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one.values, other.values, **CLOSE)
+
+
 def test_long_texts_in_pieces_equal_whole_ones(model, vectors, monkeypatch):
     texts = [QUESTIONS[1], "x", QUESTIONS[1] * 3]
     whole = caa.project(model, vectors, texts)
