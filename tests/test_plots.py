@@ -222,7 +222,8 @@ def test_tokens_that_dwarf_the_others_do_not_set_the_scale():
     assert "up to -90" in ax.get_title()
     assert ax.patches[0].get_height() == -90
     ax, _ = plot_projection(projection([values] * 2, ["t"] * 60, (1, 2))).axes
-    assert ax.images[0].get_clim() == pytest.approx((low, high))
+    low, high = ax.images[0].get_clim()
+    assert 2 < high == -low <= 3
     assert ax.images[0].colorbar.extend == "both"
     assert "beyond" not in plot_projection(projection(values[1:], ["t"] * 59)).axes[0].get_title()
 
