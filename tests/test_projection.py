@@ -318,6 +318,15 @@ def test_save_html_is_whole_or_absent(model, vectors, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_plot_draws_a_bar_a_token_or_a_cell_a_layer_and_token(model, vectors):
+    one, several = caa.project(model, vectors[1], "Hi?"), caa.project(model, vectors, "Hi?")
+    heights = [bar.get_height() for bar in one.plot().axes[0].patches]
+    assert heights == pytest.approx(one.values.tolist(), rel=1e-5)
+    drawn = several.plot().axes[0]
+    cells = [*drawn.images, *drawn.collections][0].get_array()
+    assert cells.flatten().tolist() == pytest.approx(several.values.flatten().tolist(), rel=1e-5)
+
+
 def test_to_pandas_is_one_row_a_layer_and_token(model, vectors):
     projection = caa.project(model, vectors, "Hi?")
     table = projection.to_pandas()
