@@ -39,7 +39,7 @@ def test_stored_outputs_are_of_one_clean_run(path):
         for output in cell.outputs:
             assert output.output_type != "error"
             assert output.get("name") != "stderr"  # no warnings, no progress bars
-    assert not re.search(r"/tmp/|/home/|/work/|site-packages", path.read_text(encoding="utf-8"))
+    assert not re.search(r"/(tmp|home|root|Users)/|site-packages", path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
