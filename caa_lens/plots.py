@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -28,6 +27,7 @@ from caa_lens.figures import (
     DIVERGING,
     GREEN,
     GREY,
+    MARKERS,
     MOST_ROWS,
     MOST_TOKENS,
     NEGATIVE,
@@ -44,17 +44,17 @@ from caa_lens.figures import (
     layer_bar,
     layer_colors,
 )
+from caa_lens.projected import UNITS
 
 By = Literal["layer", "multiplier"]
 KNOWN = {"vector": BLUE, "random": GREY, "shuffled": AMBER, "letter": ORANGE, "letter-balanced": SKY}
 OTHERS = (GREEN, PURPLE, "#000000")
-MARKERS = "osD^vPX"
 SCORES = {
     "letter": "p(matching) among the letters offered",
     "letter_published": "p(matching) by the published formula",
     "logprob": "mean log p(positive) \N{MINUS SIGN} log p(negative)",
 }
-MEASURES = {"dot": "x \N{DOT OPERATOR} v", "cosine": "cosine of x and v", "component": "component along v (units of v)"}
+MEASURES = {**UNITS, "component": "component along v (units of v)"}
 
 
 class Projected(Protocol):
@@ -96,7 +96,7 @@ def plot_sweep(
         raise InputError(f"by={by!r}: allowed are 'layer' and 'multiplier'.")
     if by == "layer" and (layer is not None or len(layers) == 1):
         raise InputError("by='layer' compares all layers of a sweep; for one layer use by='multiplier'.")
-    panels = _by_system(result)
+    panels = result.by_system() or {"": result}
     if by == "multiplier" and layer is None:
         layer = layers[0] if len(layers) == 1 else _best_layer(panels.values())
     if layer is not None and layer not in layers:
@@ -109,17 +109,11 @@ def plot_sweep(
                 _draw_effects(axis, part)
             else:
                 _draw_scores(axis, part, layer)
-            axis.set_title("\n".join(filter(None, (name, axis.get_title()))))
+            if name:
+                axis.set_title(f"system prompt: {name}\n{axis.get_title()}")
             axis.label_outer(remove_inner_ticks=False)
         axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
-
-
-def _by_system(result: SweepResult) -> dict[str, SweepResult]:
-    if "system" not in result.items:
-        return {"": result}
-    groups = result.items.groupby("system", sort=False)
-    return {f"system prompt: {name}": replace(result, items=part.drop(columns="system")) for name, part in groups}
 
 
 def _best_layer(results: Iterable[SweepResult]) -> int:

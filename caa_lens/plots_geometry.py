@@ -13,16 +13,14 @@ from torch import Tensor
 
 from caa_lens.errors import InputError
 from caa_lens.figures import (
-    AMBER,
     BLUE,
     DIVERGING,
-    GREEN,
     GREY,
+    MARKERS,
     MOST_ROWS,
     MOST_TOKENS,
     ORANGE,
-    PURPLE,
-    SKY,
+    SERIES,
     Axes,
     Figure,
     MaxNLocator,
@@ -35,9 +33,6 @@ from caa_lens.figures import (
 if TYPE_CHECKING:
     from caa_lens.geometry import PCA, Norms, Similarity
     from caa_lens.separation import Separability
-
-SERIES = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, "#000000")
-MARKERS = "osD^vPX"
 
 
 def plot_lens(

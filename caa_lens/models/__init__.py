@@ -19,7 +19,7 @@ from torch import Tensor
 
 from caa_lens.errors import CaaLensWarning, InputError, MissingError
 from caa_lens.models import bridge, hooked
-from caa_lens.models.base import Basis, Branch, Hook, Host, Inputs, Model, Prefix, resid_post
+from caa_lens.models.base import Basis, Branch, Hook, Host, Inputs, Model, Prefix, has_hooks, resid_post
 from caa_lens.models.hooked import use_fast_layout
 from caa_lens.models.loading import identity, load_model
 from caa_lens.pairs import ContrastPair
@@ -250,11 +250,6 @@ def _point_name(model: Model, name: str) -> str:
     if found is None:
         raise MissingError(f"{describe(model).name} has no hook point {name!r}; model.hook_dict lists them.")
     return found
-
-
-def has_hooks(model: Model) -> bool:
-    """Whether any forward hook is on the model now."""
-    return any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 @contextmanager

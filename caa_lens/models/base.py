@@ -111,3 +111,8 @@ def select_positions(x: Float[Tensor, "batch pos d"], at: Int[Tensor, "batch rea
 def whole_mask(mask: Int[Tensor, "batch pos"], past: Prefix | None) -> Int[Tensor, "batch all"]:
     """The mask over the prefix and the new tokens."""
     return torch.cat([past.mask, mask], 1) if past else mask
+
+
+def has_hooks(model: Model) -> bool:
+    """Whether any forward hook is on the model now."""
+    return any(point.fwd_hooks for point in model.hook_dict.values())

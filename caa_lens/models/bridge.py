@@ -18,6 +18,7 @@ from caa_lens.models.base import (
     Inputs,
     Model,
     Prefix,
+    has_hooks,
     is_centred,
     resid_post,
     select_positions,
@@ -104,7 +105,7 @@ def _takes_segments(model: Model) -> bool:
     kinds = getattr(config, "layer_types", None)
     whole = all(k == "full_attention" for k in kinds) if kinds else not getattr(config, "sliding_window", None)
     positions = str(getattr(model.cfg, "positional_embedding_type", None))
-    return whole and positions in ("rotary", "standard") and not any(p.fwd_hooks for p in model.hook_dict.values())
+    return whole and positions in ("rotary", "standard") and not has_hooks(model)
 
 
 def _run_segments(
