@@ -123,32 +123,35 @@ def pair_case(
     A vector is read where the pair's completions begin to differ. Two sides differ there already: they are read at the last
     token that differs while both go on, or behind the whole completions, where `answers` begin to differ.
     """
-    where = pair.origin or f"the pair with prompt {pair.prompt[:60]!r}"
     texts = answers(pair) if callable(answers) else answers
     if side is None:
-        run, tokens = _question(tokenizer, template, pair.prompt, "", texts or (pair.positive, pair.negative), where)
-        return Case(run, None, tokens, where)
+        run, tokens = _question(
+            tokenizer, template, pair.prompt, "", texts or (pair.positive, pair.negative), pair.where
+        )
+        return Case(run, None, tokens, pair.where)
     if texts is not None:
         (positive, tokens), (negative, other) = (
-            _question(tokenizer, template, pair.prompt, completion, texts, where)
+            _question(tokenizer, template, pair.prompt, completion, texts, pair.where)
             for completion in (pair.positive, pair.negative)
         )
         if tokens != other:
-            raise InputError(f"{where}: the answers {texts} begin with other tokens behind one side than the other.")
+            raise InputError(
+                f"{pair.where}: the answers {texts} begin with other tokens behind one side than the other."
+            )
     else:
         both = template.encode_pair(tokenizer, pair)
         ids = list(zip(both.positive.ids, both.negative.ids, strict=False))
         again = max(index for index, (a, b) in enumerate(ids) if a != b)
         if again == both.answer:
             raise InputError(
-                f"{where}: behind the token at which they differ both completions go on alike, so no next token tells the "
+                f"{pair.where}: behind the token at which they differ both completions go on alike, so no next token tells the "
                 "two sides apart; give answers=, the two texts to compare behind the completions (or a function of "
                 "the pair that returns them), or patch with a vector."
             )
         positive, negative = Run.of(both.positive, again), Run.of(both.negative, again)
         tokens = (both.positive.ids[again], both.negative.ids[again])
     source, target = (positive, negative) if side == "positive" else (negative, positive)
-    return Case(target, source, tokens, where)
+    return Case(target, source, tokens, pair.where)
 
 
 def cases_of(

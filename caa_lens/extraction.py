@@ -144,11 +144,9 @@ def plan_extraction(
     encoded = tuple(chosen.encode_pair(tokenizer, pair) for pair in pairs)
     for pair, both in zip(pairs, encoded, strict=True):
         for side in (both.positive, both.negative):
-            info.require_room(pair, len(side.ids))
+            info.require_room(pair.where, len(side.ids))
             if isinstance(read, int) and not -len(side.ids) <= read < len(side.ids):
-                raise InputError(
-                    f"{pair.origin or pair.prompt[:60]!r}: read={read} lies outside its {len(side.ids)} tokens."
-                )
+                raise InputError(f"{pair.where}: read={read} lies outside its {len(side.ids)} tokens.")
     # Pairs of like length share a batch: less padding, and the same sums in whatever order the pairs came.
     order = sorted(range(len(pairs)), key=lambda i: (len(encoded[i].positive.ids), encoded[i].positive.ids))
     batches = tuple(tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size))

@@ -52,6 +52,11 @@ class ContrastPair:
             )
 
     @property
+    def where(self) -> str:
+        """How an error names this pair: its origin, or the beginning of its prompt."""
+        return self.origin or f"the pair with prompt {self.prompt[:60]!r}"
+
+    @property
     def key(self) -> str | None:
         """The letter of a multiple-choice answer that shows the behaviour (`"A"` of `"(A)"`); None for free text."""
         positive, negative = _ANSWER.fullmatch(self.positive.strip()), _ANSWER.fullmatch(self.negative.strip())

@@ -186,8 +186,7 @@ def patch(
     columns = columns_of(cases, positions)
     for case in cases:
         longest = max(len(each.ids) for each in (case.target, case.source) if each is not None)
-        if longest > info.n_ctx:
-            raise InputError(f"{case.name}: {longest} tokens exceed the context of {info.n_ctx} tokens; shorten it.")
+        info.require_room(case.name, longest)
 
     n, chunks = len(cases), Chunks()
     patched = torch.zeros(n, len(rows), len(columns))

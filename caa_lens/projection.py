@@ -210,11 +210,7 @@ def _encode(model: Model, template: Template, text: Any, max_new_tokens: int) ->
     outside = [token for token in row.ids if not 0 <= token < model.cfg.d_vocab]
     if outside:
         raise InputError(f"token id {outside[0]} is outside the {model.cfg.d_vocab} tokens of {info.name}.")
-    if len(row.ids) + max_new_tokens > info.n_ctx:
-        raise InputError(
-            f"a text of {len(row.ids)} tokens and max_new_tokens={max_new_tokens} exceed the context of {info.n_ctx} tokens "
-            f"of {info.name}; shorten one of them."
-        )
+    info.require_room("a text", len(row.ids), max_new_tokens=max_new_tokens)
     return row
 
 

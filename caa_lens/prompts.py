@@ -177,17 +177,16 @@ class Template(ABC):
         """
         positive = self.encode(tokenizer, pair.prompt, pair.positive)
         negative = self.encode(tokenizer, pair.prompt, pair.negative)
-        where = pair.origin or f"the pair with prompt {pair.prompt[:60]!r}"
         if positive.ids == negative.ids:
             raise InputError(
-                f"{where}: {pair.positive!r} and {pair.negative!r} tokenise to the same ids, so there is no answer "
+                f"{pair.where}: {pair.positive!r} and {pair.negative!r} tokenise to the same ids, so there is no answer "
                 "token; write completions that differ in more than white space."
             )
         differ = (i for i, (a, b) in enumerate(zip(positive.ids, negative.ids, strict=False)) if a != b)
         answer = next(differ, None)
         if answer is None:
             raise InputError(
-                f"{where}: one of {pair.positive!r} and {pair.negative!r} is the beginning of the other, so there is no "
+                f"{pair.where}: one of {pair.positive!r} and {pair.negative!r} is the beginning of the other, so there is no "
                 "token at which they differ; end both with the same punctuation mark."
             )
         return EncodedPair(positive, negative, answer)

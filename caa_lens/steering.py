@@ -120,11 +120,7 @@ def generate(
     encoded = [chosen.encode(tokenizer, conversation) for conversation in conversations]
     info = describe(model)
     for prompt in encoded:
-        if len(prompt.ids) + max_new_tokens > info.n_ctx:
-            raise InputError(
-                f"a prompt of {len(prompt.ids)} tokens and max_new_tokens={max_new_tokens} exceed the context of "
-                f"{info.n_ctx} tokens of {info.name}; shorten one of them."
-            )
+        info.require_room("a prompt", len(prompt.ids), max_new_tokens=max_new_tokens)
     choose = _sampler(temperature, top_k, top_p)
     answers: list[str] = []
     for start in range(0, len(encoded), batch_size):

@@ -89,15 +89,14 @@ class Letter(Metric):
 
     def letters(self, pair: ContrastPair) -> tuple[str, ...]:
         """The letters read, the matching one first."""
-        where = pair.origin or repr(pair.prompt[:60])
         if pair.key is None:
             raise InputError(
-                f"{where}: its completions are no answer letters ({pair.positive[:40]!r}); metric={self.name!r} needs "
+                f"{pair.where}: its completions are no answer letters ({pair.positive[:40]!r}); metric={self.name!r} needs "
                 "multiple-choice pairs, use metric='logprob' for free text."
             )
         if pair.key not in pair.options:
             raise InputError(
-                f"{where}: the matching answer {pair.positive!r} is not offered; the prompt offers "
+                f"{pair.where}: the matching answer {pair.positive!r} is not offered; the prompt offers "
                 f"{', '.join(pair.options) or 'no letters'}. Correct the key, or write the options as '(A) ...' lines."
             )
         return (pair.key, *(letter for letter in pair.options if letter != pair.key))
@@ -110,7 +109,7 @@ class Letter(Metric):
         tokens = tuple(row[answer] for row in rows)
         if len(set(tokens)) < len(tokens):
             raise InputError(
-                f"{pair.origin or repr(pair.prompt[:60])}: the letters {', '.join(letters)} share a first token, so their "
+                f"{pair.where}: the letters {', '.join(letters)} share a first token, so their "
                 "probabilities cannot be told apart; use letters of one token, or metric='logprob'."
             )
         return [Text(rows[0], sides[0].instruction_end, ((answer, tokens),))]

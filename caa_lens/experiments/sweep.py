@@ -122,7 +122,7 @@ def _run(
     written = {None: chosen} if systems is None else _under_systems(tokenizer, chosen, systems)
     items = [[metric.texts(tokenizer, template, pair) for template in written.values()] for pair in pairs]
     for pair, by_system in zip(pairs, items, strict=True):
-        info.require_room(pair, max(text.targets[-1][0] for texts in by_system for text in texts))
+        info.require_room(pair.where, max(text.targets[-1][0] for texts in by_system for text in texts))
     about = {
         "metric": metric.name,
         "pairs": pairs.name,

@@ -22,7 +22,6 @@ from caa_lens.models import bridge, hooked
 from caa_lens.models.base import Basis, Branch, Hook, Host, Inputs, Model, Prefix, has_hooks, resid_post
 from caa_lens.models.hooked import use_fast_layout
 from caa_lens.models.loading import identity, load_model
-from caa_lens.pairs import ContrastPair
 
 __all__ = [
     "Branch",
@@ -78,16 +77,21 @@ class ModelInfo:
         """Whether a vector made on `name` belongs here: the names agree, organisation and case aside."""
         return self.name.rsplit("/", 1)[-1].lower() == name.rsplit("/", 1)[-1].lower()
 
-    def require_room(self, pair: ContrastPair, n_tokens: int) -> None:
-        """Refuses a pair that the context cannot hold.
+    def require_room(self, what: str, n_tokens: int, *, max_new_tokens: int = 0) -> None:
+        """Refuses a text that the context cannot hold.
+
+        Args:
+            what: the text, for the message.
+            n_tokens: its tokens.
+            max_new_tokens: those that are generated behind it.
 
         Raises:
-            InputError: names the pair, its length and the context's.
+            InputError: names the text, its length and the context's.
         """
-        if n_tokens > self.n_ctx:
+        if n_tokens + max_new_tokens > self.n_ctx:
+            more = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
             raise InputError(
-                f"{pair.origin or pair.prompt[:60]!r}: {n_tokens} tokens exceed the context of {self.n_ctx} tokens of "
-                f"{self.name}; shorten or remove the pair."
+                f"{what}: {n_tokens} tokens{more} exceed the context of {self.n_ctx} tokens of {self.name}; shorten it."
             )
 
 
