@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,14 +18,12 @@ from caa_lens.alignment import Case, Column
 from caa_lens.chunks import Chunks
 from caa_lens.models import (
     Branch,
-    Hook,
     Model,
     Prefix,
     capture_hooks,
     device_of,
     hooks,
     pad,
-    resid_post,
     run,
     run_branches,
     tokenizer_of,
@@ -98,10 +97,10 @@ class PatchedRuns:
             tokens, mask = self._pad([case.target.ids[s:] for case, s in zip(self.cases, starts, strict=True)])
             together = max(1, self.chunks.budget // (tokens.numel() * len(self.patches.windows)))
             group, todo = todo[:together], todo[together:]
-            variants = _Variants(self, tokens, mask, past)
+            variants = partial(self._variants, tokens, mask, past)
             places = [self._place(columns[i], tokens.shape) for i in group]
             asked = [(window, place) for place in places for window in self.patches.windows]
-            found = torch.stack(self.chunks.map(variants.run, asked, size=tokens.numel()), 1)
+            found = torch.stack(self.chunks.map(variants, asked, size=tokens.numel()), 1)
             yield from zip(group, found.split(len(self.patches.windows), 1), strict=True)
 
     def change(
@@ -133,6 +132,19 @@ class PatchedRuns:
         rows = [case.target.ids[a:b] for case, a, b in zip(self.cases, done, starts, strict=True)]
         return run(self.model, *self._pad(rows), past=past, grow=True)[1] if any(rows) else past
 
+    @torch.no_grad()
+    def _variants(
+        self,
+        tokens: Int[Tensor, "case pos"],
+        mask: Int[Tensor, "case pos"],
+        past: Prefix | None,
+        asked: Sequence[tuple[range, _Place]],
+    ) -> list[Float[Tensor, " case"]]:
+        """The logit differences of continuations of one prefix, each with its (layers patched together, place)."""
+        at = torch.full((len(tokens), 1), tokens.shape[1] - 1, device=tokens.device)
+        branches = [Branch({layer: partial(self.change, layer, place) for layer in window}) for window, place in asked]
+        return run_branches(self.model, tokens, mask, branches, self.difference, at=at, past=past)
+
     def _place(self, column: Column, shape: torch.Size) -> _Place:
         on, source = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.long)
         width = max((len(case.source.ids) for case in self.cases if case.source is not None), default=0)
@@ -143,49 +155,3 @@ class PatchedRuns:
                 behind = width - len(case.source.ids)
                 source[row, first : first + len(here)] = torch.arange(there.start, there.stop) + behind
         return _Place(on.to(self.device), source.to(self.device))
-
-
-@dataclass(frozen=True)
-class _Variants:
-    """Continuations of one prefix, each patched in its own way."""
-
-    runs: PatchedRuns
-    tokens: Int[Tensor, "case pos"]
-    mask: Int[Tensor, "case pos"]
-    past: Prefix | None
-
-    @torch.no_grad()
-    def run(self, asked: Sequence[tuple[range, _Place]]) -> list[Float[Tensor, " case"]]:
-        """The logit differences of each (layers patched together, place)."""
-        if any(len(window) > 1 for window, _ in asked):
-            return self._windows(asked)
-        batch, length = self.tokens.shape
-        at = torch.full((batch, 1), length - 1, device=self.tokens.device)
-        branches = [self._branch(window[0], place) for window, place in asked]
-        return run_branches(
-            self.runs.model, self.tokens, self.mask, branches, self.runs.difference, at=at, past=self.past
-        )
-
-    def _branch(self, layer: int, place: _Place) -> Branch:
-        return Branch(layer, lambda x: self.runs.change(layer, place, x))
-
-    def _windows(self, asked: Sequence[tuple[range, _Place]]) -> list[Float[Tensor, " case"]]:
-        """As copies of the rows: a branch changes one layer only."""
-        batch = len(self.tokens)
-
-        def at_layer(layer: int) -> Hook:
-            def patch_hook(activations: Tensor, hook: Any) -> Tensor:
-                parts = list(activations.split(batch))
-                for number, (window, place) in enumerate(asked):
-                    if layer in window:
-                        parts[number] = self.runs.change(layer, place, parts[number])
-                return torch.cat(parts)
-
-            return resid_post(layer), patch_hook
-
-        copies = torch.arange(batch, device=self.tokens.device).repeat(len(asked))
-        past = self.past.rows(copies) if self.past else None
-        with hooks(self.runs.model, [at_layer(layer) for layer in self.runs.patches.layers]):
-            logits, _ = run(self.runs.model, self.tokens[copies], self.mask[copies], past=past, logits=1)
-        assert logits is not None
-        return [self.runs.difference(part) for part in logits.split(batch)]

@@ -181,7 +181,7 @@ def test_branches_share_what_lies_below_their_layer():
     for block in model.blocks:
         block.register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[0]))
     tokens, mask = pad([[1, 2, 3], [4, 5]], side="right", pad_id=0, device=torch.device("cpu"))
-    branches = [Branch(layer, lambda x: x + 1) for layer in (0, 0, 1)]
+    branches = [Branch({layer: lambda x: x + 1}) for layer in (0, 0, 1)]
     with torch.no_grad():
         run_branches(model, tokens, mask, branches, lambda logits: logits, at=torch.zeros(2, 1, dtype=torch.long))
     assert rows == [2, 6, 8]

@@ -125,13 +125,13 @@ class _Runner:
 
     def _branch(self, vector: SteeringVector | None, on: Tensor) -> Branch:
         if vector is None or not bool(vector.tensor.any()):
-            return Branch(None, lambda x: x)
+            return Branch({})
 
         def change(activations: Tensor) -> Tensor:
             steered = self.operator(activations, vector.tensor.to(activations.device), self.strength)
             return torch.where(on.to(activations.device).unsqueeze(-1), steered, activations)
 
-        return Branch(vector.layer, change)
+        return Branch({vector.layer: change})
 
 
 def _reads(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -45,10 +45,9 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Branch:
-    """One variant of a forward pass: what happens to `resid_post` of one layer. `layer=None` is the unsteered pass."""
+    """One variant of a forward pass: what happens to `resid_post` of which layers. Without changes it is the unsteered pass."""
 
-    layer: int | None
-    change: Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"]]
+    changes: Mapping[int, Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"]]]
 
 
 @dataclass(frozen=True)

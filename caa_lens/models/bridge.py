@@ -148,14 +148,14 @@ def _branching(
     """Hooks that change each branch's part, of `size` along `axis`; yields what reads the parts' last `resid_post`."""
     at_layer: dict[int, list[int]] = {}
     for number, branch in enumerate(branches):
-        if branch.layer is not None:
-            at_layer.setdefault(branch.layer, []).append(number)
+        for layer in branch.changes:
+            at_layer.setdefault(layer, []).append(number)
 
     def branch_at(layer: int, numbers: Sequence[int]) -> Hook:
         def branch_hook(activations: Tensor, hook: Any) -> Tensor:
             parts = list(activations.split(size, axis))
             for number in numbers:
-                parts[number] = branches[number].change(parts[number])
+                parts[number] = branches[number].changes[layer](parts[number])
             return torch.cat(parts, axis)
 
         return resid_post(layer), branch_hook

@@ -53,9 +53,9 @@ def run_branches(
     readout: Callable[[Float[Tensor, "batch read d_vocab"]], Tensor],
     at: Int[Tensor, "batch read"],
 ) -> list[Tensor]:
-    """Every branch in one pass over the blocks: a branch's rows join the batch behind its own layer.
+    """Every branch in one pass over the blocks: a branch's rows join the batch behind its first layer.
 
-    What lies below a branch's layer is computed once for all, and every block runs once, on all rows that need it.
+    What lies below that layer is computed once for all, and every block runs once, on all rows that need it.
     """
     batch = tokens.shape[0]
     cache = past.cache if past else None
@@ -71,12 +71,17 @@ def run_branches(
         if sharing is None:
             entry, seen = _repeated(entry, len(rows) + 1), whole.repeat(len(rows) + 1, 1)
         stream = (sharing or block)(stream, past_kv_cache_entry=entry, attention_mask=seen)
-        joining = [number for number, branch in enumerate(branches) if branch.layer == layer]
-        stream = torch.cat([stream, *(branches[number].change(stream[:batch]) for number in joining)])
+        unsteered, *steered = stream.split(batch)
+        for place, number in enumerate(rows):
+            if layer in branches[number].changes:
+                steered[place] = branches[number].changes[layer](steered[place])
+        joining = [number for number, branch in enumerate(branches) if layer == min(branch.changes, default=None)]
+        steered += [branches[number].changes[layer](unsteered) for number in joining]
+        stream = torch.cat([unsteered, *steered])
         rows += joining
     read = [select_positions(part, at) for part in stream.split(batch)]
     found = dict(zip([None, *rows], map(readout, unembed_each(model, read)), strict=True))
-    return [found[None if branch.layer is None else number] for number, branch in enumerate(branches)]
+    return [found[number if branch.changes else None] for number, branch in enumerate(branches)]
 
 
 def _repeated(entry: Any | None, copies: int) -> Any | None:
