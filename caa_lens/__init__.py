@@ -25,13 +25,15 @@ from caa_lens.pairs import ContrastPair, PairSet
 from caa_lens.patching import PatchResult, patch
 from caa_lens.projected import Projection
 from caa_lens.projection import project
-from caa_lens.prompts import ChatTemplate, Llama2Base, Llama2Chat, Plain, Template
+from caa_lens.prompts import Template
 from caa_lens.provenance import Provenance
 from caa_lens.separation import separability
 from caa_lens.sources import behaviours, load_pairs
 from caa_lens.steering import generate, show_positions, steer
 from caa_lens.storage import load_vectors
-from caa_lens.vector import SteeringVector, VectorSet, normalize_across
+from caa_lens.templates import ChatTemplate, Llama2Base, Llama2Chat, Plain
+from caa_lens.vector import SteeringVector
+from caa_lens.vector_set import VectorSet, normalize_across
 
 __version__ = "0.1.0"
 

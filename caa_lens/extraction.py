@@ -44,7 +44,8 @@ from caa_lens.positions import is_steered, known_prompts
 from caa_lens.prefixes import PrefixRunner, common_head
 from caa_lens.prompts import EncodedPair, Prompt, Template
 from caa_lens.provenance import Provenance
-from caa_lens.vector import SteeringVector, VectorSet
+from caa_lens.vector import SteeringVector
+from caa_lens.vector_set import VectorSet
 
 Read = Literal["answer", "completion_mean", "last"] | int
 

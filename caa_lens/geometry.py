@@ -23,7 +23,7 @@ from torch import Tensor
 
 from caa_lens.activations import Activations, layers_of, sides_of
 from caa_lens.errors import InputError
-from caa_lens.vector import VectorSet
+from caa_lens.vector_set import VectorSet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,8 +22,10 @@ from caa_lens.directions import Operator, Strength, add
 from caa_lens.errors import InputError
 from caa_lens.models import Hook, Inputs, Model, check_layers, describe, tokenizer_of
 from caa_lens.positions import Positions, PositionTracker, check_positions, needs_marker
-from caa_lens.prompts import Template, default_template
-from caa_lens.vector import SteeringVector, VectorSet
+from caa_lens.prompts import Template
+from caa_lens.templates import default_template
+from caa_lens.vector import SteeringVector
+from caa_lens.vector_set import VectorSet
 
 Vectors = SteeringVector | VectorSet | Iterable[SteeringVector | VectorSet]
 

@@ -35,7 +35,8 @@ from caa_lens.pairs import ContrastPair, PairSet
 from caa_lens.patched_runs import Mode, PatchedRuns, Patches
 from caa_lens.positions import is_steered
 from caa_lens.prompts import Conversation, Template
-from caa_lens.vector import SteeringVector, VectorSet
+from caa_lens.vector import SteeringVector
+from caa_lens.vector_set import VectorSet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

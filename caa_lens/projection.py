@@ -44,7 +44,8 @@ from caa_lens.projected import Measure, Projection, along
 from caa_lens.prompts import Conversation, Template
 from caa_lens.steering import generate_ids, steer
 from caa_lens.token_text import token_texts
-from caa_lens.vector import SteeringVector, VectorSet
+from caa_lens.vector import SteeringVector
+from caa_lens.vector_set import VectorSet
 
 Text = Conversation | Sequence[int] | Tensor | Projection
 """A user message, a conversation (which may end with the assistant's answer), token ids, or the tokens of a projection."""

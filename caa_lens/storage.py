@@ -19,7 +19,8 @@ from torch import Tensor
 from caa_lens.errors import InputError
 from caa_lens.files import atomic_path
 from caa_lens.provenance import Provenance
-from caa_lens.vector import SteeringVector, VectorSet
+from caa_lens.vector import SteeringVector
+from caa_lens.vector_set import VectorSet
 
 FORMAT = "caa_lens.vectors"
 FORMAT_VERSION = 1

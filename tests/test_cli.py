@@ -18,7 +18,7 @@ def folder(tmp_path_factory, byte_tokenizer):
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    monkeypatch.setattr("caa_lens.cli.console.width", 200, raising=False)
+    monkeypatch.setattr("caa_lens.commands.console.width", 200, raising=False)
 
 
 def run(folder, *arguments):

@@ -4,7 +4,7 @@ import pytest
 from conftest import fixture_path
 
 import caa_lens as caa
-from caa_lens.prompts import default_template
+from caa_lens.templates import default_template
 
 
 def paper_ids(tokenizer, question, answer, system=None):

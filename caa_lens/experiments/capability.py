@@ -31,8 +31,9 @@ from caa_lens.files import digest
 from caa_lens.models import Model, describe, tokenizer_of
 from caa_lens.pairs import PairSet
 from caa_lens.positions import Positions, needs_marker
-from caa_lens.prompts import Plain
-from caa_lens.vector import SteeringVector, VectorSet
+from caa_lens.templates import Plain
+from caa_lens.vector import SteeringVector
+from caa_lens.vector_set import VectorSet
 
 ALPHA = 0.05
 """Largest p-value of a change that counts; the intervals are of 95%."""

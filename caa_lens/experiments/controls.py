@@ -22,7 +22,8 @@ from caa_lens.errors import InputError
 from caa_lens.extraction import iterate_activations, plan_extraction
 from caa_lens.models import Model
 from caa_lens.pairs import PairSet
-from caa_lens.vector import SteeringVector, VectorSet
+from caa_lens.vector import SteeringVector
+from caa_lens.vector_set import VectorSet
 
 
 def norm_matched(control: SteeringVector, vector: SteeringVector) -> SteeringVector:

@@ -27,7 +27,8 @@ from caa_lens.files import atomic_path, digest
 from caa_lens.hooks import flatten
 from caa_lens.models import Model, check_layers, describe
 from caa_lens.positions import Positions, check_positions, is_steered
-from caa_lens.vector import SteeringVector, VectorSet
+from caa_lens.vector import SteeringVector
+from caa_lens.vector_set import VectorSet
 
 
 @dataclass(frozen=True)

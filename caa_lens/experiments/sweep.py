@@ -20,7 +20,8 @@ from caa_lens.hooks import template_for
 from caa_lens.models import Model, describe, tokenizer_of
 from caa_lens.pairs import PairSet
 from caa_lens.prompts import Template
-from caa_lens.vector import SteeringVector, VectorSet
+from caa_lens.vector import SteeringVector
+from caa_lens.vector_set import VectorSet
 
 
 def score(
