@@ -10,7 +10,7 @@ Source for the colours: Okabe and Ito, "Color universal design" (2008).
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -113,6 +113,12 @@ def visible(token: str) -> str:
 @lru_cache(maxsize=4096)
 def _drawable(character: str) -> bool:
     return character.isprintable() and get_font(findfont(FontProperties())).get_char_index(ord(character)) > 0
+
+
+def tick_at(ax: Axes, places: Iterable[float]) -> None:
+    """Ticks where the data are, at most 16 of them."""
+    distinct = sorted(set(places))
+    ax.set_xticks(distinct[:: -(-len(distinct) // 16)])
 
 
 def label_ticks(axis: Any, labels: Sequence[int | str], *, at_most: int) -> None:

@@ -43,6 +43,7 @@ from caa_lens.figures import (
     label_ticks,
     layer_bar,
     layer_colors,
+    tick_at,
 )
 from caa_lens.projected import UNITS
 
@@ -162,8 +163,7 @@ def _draw_vectors(ax: Axes, table: pd.DataFrame, x: str) -> None:
             label: dict[str, Any] = {"label": kind if len(names) == 1 else f"{kind} ({len(names)})"} if k == 0 else {}
             width = 1.8 if own else 1.0
             ax.plot(line[x], line["value"], marker=MARKERS[number % len(MARKERS)], linewidth=width, **style, **label)
-    places = sorted(table[x].unique())
-    ax.set_xticks(places[:: -(-len(places) // 16)])
+    tick_at(ax, table[x])
 
 
 def plot_heatmap(
@@ -204,7 +204,8 @@ def plot_heatmap(
     largest = float(np.abs(finite).max(initial=0)) or 1.0
     end = limit or largest
     low, high = (-end, end) if centred else (None, None)
-    with canvas(ax, min(2.2 + 0.22 * len(columns), 13), min(1.4 + 0.18 * len(rows), 7)) as (figure, (axis,)):
+    height = 1.4 + max(0.18 * len(rows), 0.07 * len(unit))  # the unit stands upright beside the colours
+    with canvas(ax, min(2.2 + 0.22 * len(columns), 13), min(height, 7)) as (figure, (axis,)):
         colors = colormap(DIVERGING if centred else SEQUENTIAL)
         image = axis.imshow(table, cmap=colors, vmin=low, vmax=high, aspect="auto", origin="lower")
         extend = "both" if centred and largest > end else "neither"

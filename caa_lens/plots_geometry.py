@@ -23,10 +23,10 @@ from caa_lens.figures import (
     SERIES,
     Axes,
     Figure,
-    MaxNLocator,
     canvas,
     colormap,
     label_ticks,
+    tick_at,
     visible,
 )
 
@@ -111,6 +111,8 @@ def plot_pca(pca: PCA, *, layer: int | None = None, ax: Axes | None = None) -> F
             axis.set(xticks=[], yticks=[])
         for axis in axes[len(rows) :]:
             axis.remove()
+        figure.supxlabel("first component", size="medium")
+        figure.supylabel("second component", size="medium")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, markerscale=2)
     return figure
@@ -135,7 +137,7 @@ def plot_separability(separability: Separability, *, ax: Axes | None = None) -> 
         axis.fill_between(layers, table["low"], table["high"], color=BLUE, alpha=0.25, linewidth=0)
         axis.plot(layers, table["auroc"], color=BLUE, marker="o", label="mean difference, with 95% interval")
         axis.set(xlabel="layer", ylabel="AUROC", ylim=(0, 1.02), title=title)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        tick_at(axis, layers)
         axis.legend(loc="lower right")
     return figure
 
@@ -150,6 +152,6 @@ def plot_norms(norms: Norms, *, ax: Axes | None = None) -> Figure:
             axis.plot(group["layer"], y, label=str(name), color=color, marker=marker)
         axis.set(xlabel="layer", ylabel="|v| / |residual|")
         axis.set_ylim(bottom=0)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        tick_at(axis, norms.table["layer"])
         axis.legend()
     return figure

@@ -181,6 +181,8 @@ def test_a_heat_map_is_its_table_with_zero_in_the_middle():
     assert plot_heatmap(values, [3, 4], [0, 1, 2], limit=1.0, **names).axes[0].images[0].get_clim() == (-1, 1)
     assert plot_heatmap(values, [3, 4], [0, 1, 2], centred=False, **names).axes[0].images[0].get_clim() == (-2, 0.5)
     assert plot_heatmap(0 * values, [3, 4], [0, 1, 2], **names).axes[0].images[0].get_clim() == (-1, 1)
+    long = {**names, "unit": "effect (0 = target, 1 = source)"}
+    assert_whole(plot_heatmap(values, [3, 4], ["<|im_start|>", " capital", " of"], **long))
     with pytest.raises(caa.InputError, match="3 row and 3 column labels do not fit values of shape"):
         plot_heatmap(values, [1, 2, 3], [0, 1, 2], **names)
     with pytest.raises(caa.InputError, match="limit=0 must be above 0"):
