@@ -104,7 +104,7 @@ def plot_pca(pca: PCA, *, layer: int | None = None, ax: Axes | None = None) -> F
         raise InputError("an axis holds one layer; give plot(layer=..., ax=ax).")
     across = min(6, len(rows))
     down = -(-len(rows) // across)
-    size = 1.55 * across + 0.3, 1.6 * down + 0.5
+    size = 1.55 * across + 1.2, 1.6 * down + 0.3
     with canvas(None, *size, panels=across, rows=down, share_y=False) as (figure, axes):
         for row, axis in zip(rows, axes, strict=False):
             _scatter(pca, row, axis, size=5, title_size=7)
@@ -114,7 +114,7 @@ def plot_pca(pca: PCA, *, layer: int | None = None, ax: Axes | None = None) -> F
         figure.supxlabel("first component", size="medium")
         figure.supylabel("second component", size="medium")
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, markerscale=2)
+        figure.legend(handles, labels, loc="outside right upper", markerscale=2)
     return figure
 
 

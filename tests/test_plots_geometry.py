@@ -53,7 +53,10 @@ def test_components_of_one_layer_or_all(ax):
     drawn(found.plot(layer=3, ax=ax))
     np.testing.assert_allclose(ax.collections[0].get_offsets(), found.positive[3, :, :2])
     assert f"{float(found.explained[3, 1]):.0%} of variance" in ax.get_ylabel()
-    assert len(drawn(found.plot()).axes) == 8
+    figure = drawn(found.plot())
+    assert len(figure.axes) == 8
+    (legend,) = figure.legends
+    assert not any(legend.get_window_extent().overlaps(text.get_window_extent()) for text in figure.texts)
     with pytest.raises(caa.InputError, match="an axis holds one layer"):
         found.plot(ax=ax)
     with pytest.raises(caa.InputError, match="layer 9 is not in this PCA"):
