@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 Model = Any
 """A `HookedTransformer` or a `TransformerBridge`."""
@@ -29,7 +30,7 @@ class Prefix:
         """A new prefix whose row i is this one's row `index[i]`; rows may repeat."""
         mask = self.mask.index_select(0, index)
         if hasattr(self.cache, "batch_select_indices"):
-            cache = copy.deepcopy(self.cache)
+            cache = own_cache(self.cache)
             cache.batch_select_indices(index)
             return Prefix(cache, mask)
         entry = type(self.cache.entries[0])
@@ -41,6 +42,17 @@ class Prefix:
             for old in self.cache.entries
         ]
         return Prefix(type(self.cache)(entries=entries, previous_attention_mask=mask), mask)
+
+
+def own_cache(cache: Any) -> Any:
+    """A Hugging Face cache that can grow or select rows by itself.
+
+    Growing and selecting give a dynamic layer new tensors and leave the old ones alone, so these are shared and not copied; a layer
+    of another kind (a state that is updated in place) is copied whole.
+    """
+    own = copy.copy(cache)
+    own.layers = [(copy.copy if isinstance(layer, DynamicLayer) else copy.deepcopy)(layer) for layer in cache.layers]
+    return own
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from caa_lens.models.base import (
     Prefix,
     has_hooks,
     is_centred,
+    own_cache,
     resid_post,
     select_positions,
     whole_mask,
@@ -51,7 +51,7 @@ def run(
     whole = whole_mask(mask, past)
     options: dict[str, Any] = {"use_cache": grow or past is not None}
     if past:
-        options["past_key_values"] = past.cache if grow else copy.deepcopy(past.cache)
+        options["past_key_values"] = past.cache if grow else own_cache(past.cache)
     if stop_at_layer is not None and stop_at_layer < model.cfg.n_layers:
         options["stop_at_layer"] = stop_at_layer
     out = model(
@@ -134,7 +134,7 @@ def _run_segments(
             tokens.repeat(1, copies),
             attention_mask=additive.unsqueeze(1),
             position_ids=_position_ids(whole_mask(mask, past), length).repeat(1, copies),
-            past_key_values=copy.deepcopy(past.cache),
+            past_key_values=own_cache(past.cache),
             use_cache=True,
             logits_to_keep=1,
         )
