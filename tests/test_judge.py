@@ -488,7 +488,7 @@ def test_the_figure_shows_the_table():
     table = result.to_pandas()
     for container, (_, rows) in zip(ax.containers, table.groupby("vector", sort=False), strict=True):
         line, _, (bars,) = container
-        np.testing.assert_allclose(line.get_ydata(), rows["value"])
+        np.testing.assert_allclose(line.get_ydata().astype(float), rows["value"])
         np.testing.assert_allclose(
             [segment[:, 1] for segment in bars.get_segments()], rows[["low", "high"]].to_numpy(float)
         )

@@ -143,8 +143,5 @@ def read_published_judged(folder: str | os.PathLike[str]) -> pd.DataFrame:
     rows = []
     for place, group in answers.groupby(list(KEYS), sort=False, dropna=False):
         estimate = bootstrap_mean(group["score"].dropna().to_numpy(float))
-        settings = {
-            key: None if value is None or value != value else value for key, value in zip(KEYS, place, strict=True)
-        }
-        rows.append({**settings, **estimate._asdict(), "unscored": len(group) - estimate.n})
+        rows.append({**dict(zip(KEYS, place, strict=True)), **estimate._asdict(), "unscored": len(group) - estimate.n})
     return pd.DataFrame(rows)
