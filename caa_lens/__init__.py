@@ -11,10 +11,17 @@ with caa.steer(model, vectors[14]):
 
 from caa_lens.activations import load_activations
 from caa_lens.directions import ablate, add, clamp, gate
-from caa_lens.errors import CaaLensError, CaaLensWarning, InputError, MissingError
+from caa_lens.errors import CaaLensError, CaaLensWarning, EndpointError, InputError, MissingError
+from caa_lens.experiments.answer_set import AnswerSet, known_answers
+from caa_lens.experiments.answers import answers
 from caa_lens.experiments.capability import CapabilityResult, capability, text_loss
 from caa_lens.experiments.controls import learning_curve
+from caa_lens.experiments.judge import judge, judge_from
+from caa_lens.experiments.judged import JudgeResult
+from caa_lens.experiments.judges.endpoint import OpenAIJudge
+from caa_lens.experiments.judges.local import LocalJudge
 from caa_lens.experiments.result import SweepResult
+from caa_lens.experiments.rubric import Rubric
 from caa_lens.experiments.sweep import score, sweep
 from caa_lens.extraction import extract
 from caa_lens.geometry import norms, pca, similarity
@@ -63,6 +70,15 @@ __all__ = [
     "text_loss",
     "CapabilityResult",
     "learning_curve",
+    "answers",
+    "AnswerSet",
+    "known_answers",
+    "judge",
+    "judge_from",
+    "Rubric",
+    "OpenAIJudge",
+    "LocalJudge",
+    "JudgeResult",
     "patch",
     "PatchResult",
     "logit_attribution",
@@ -83,5 +99,6 @@ __all__ = [
     "CaaLensError",
     "InputError",
     "MissingError",
+    "EndpointError",
     "CaaLensWarning",
 ]

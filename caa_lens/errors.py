@@ -1,7 +1,7 @@
 """Every error this package raises on purpose.
 
 A message says what was given, what is allowed and what to do. `CaaLensError` catches all of them; each is
-also the built-in error that a caller would expect (`ValueError` or `KeyError`).
+also the built-in error that a caller would expect (`ValueError`, `KeyError` or `ConnectionError`).
 """
 
 
@@ -18,6 +18,10 @@ class MissingError(CaaLensError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the message in quotes
         return str(self.args[0]) if self.args else ""
+
+
+class EndpointError(CaaLensError, ConnectionError):
+    """A service that cannot be used: it refuses the key, does not answer, or answers with errors only."""
 
 
 class CaaLensWarning(UserWarning):

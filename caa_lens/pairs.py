@@ -89,7 +89,7 @@ class PairSet(Sequence[ContrastPair]):
         pairs: the pairs.
         name: the behaviour's name.
         about: what a built-in behaviour says of itself: `title`, `description`, `positive_label`, `negative_label`,
-            `open_prompts`, system prompts, and for the multiple-choice behaviours a judge's rubric.
+            `open_prompts`, system prompts, and the parts of a judge's `Rubric`.
     """
 
     pairs: tuple[ContrastPair, ...]

@@ -87,6 +87,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    draws: Sequence[int] | None = None,
     stream: bool | Callable[[str], None] = False,
     batch_size: int = 16,
     template: Template | None = None,
@@ -100,6 +101,7 @@ def generate(
         temperature: 0 is greedy; above, tokens are sampled.
         top_k, top_p: restrict sampling to the k likeliest tokens, or to the smallest set of probability p.
         seed: of the sampling; prompt i of a list draws from its own stream, whatever the batch size.
+        draws: a number for each prompt in place of i; prompts of equal number draw alike.
         stream: True prints the answer as it grows, a function is called with each piece; one prompt only.
         batch_size: prompts run together.
         template: how prompts are written; the model's default otherwise.
@@ -115,6 +117,9 @@ def generate(
         Only the last position of the prompt is unembedded, so hooks behind the last block see one position a step.
     """
     conversations, single = _as_conversations(prompts)
+    numbers = range(len(conversations)) if draws is None else draws
+    if len(numbers) != len(conversations):
+        raise InputError(f"draws has {len(numbers)} numbers for {len(conversations)} prompts; give one for each.")
     _check_sampling(max_new_tokens, temperature, top_k, top_p, stream, len(conversations), batch_size)
     tokenizer, chosen = tokenizer_of(model), template_for(model, template)
     encoded = [chosen.encode(tokenizer, conversation) for conversation in conversations]
@@ -125,7 +130,9 @@ def generate(
     answers: list[str] = []
     for start in range(0, len(encoded), batch_size):
         batch = encoded[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(_row_seed(seed, start + row)) for row in range(len(batch))]
+        generators = [
+            torch.Generator().manual_seed(_row_seed(seed, number)) for number in numbers[start : start + batch_size]
+        ]
         with known_prompts([prompt.instruction_end for prompt in batch]):
             rows = generate_ids(
                 model,

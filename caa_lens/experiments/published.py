@@ -1,11 +1,12 @@
 """The authors' published results, scored by their own formula, without a model.
 
 Their files are `results/<behaviour>/results_<key>=<value>_..._.json`, a list of items with `a_prob` and `b_prob` (multiple
-choice) or `model_output` and, once judged, `score` (open-ended).
+choice) or `question` and `model_output` (open-ended); judged ones, with `score`, are in `results/open_ended_scores/<behaviour>/`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -34,7 +35,10 @@ KEYS = (
 )
 """What a file name may say; the optional ones are left out of it when unset."""
 
-_FIELD = re.compile(rf"_({'|'.join(KEYS)})=(.*?)(?=_(?:{'|'.join(KEYS)})=|$)")
+_OLDER = "override_model_weights_path"
+"""What the files of fine-tuned models call `override_weights`."""
+_NAMES = "|".join((*KEYS, _OLDER))
+_FIELD = re.compile(rf"_({_NAMES})=(.*?)(?=_(?:{_NAMES})=|$)")
 
 
 def parse_result_name(name: str) -> dict[str, Any]:
@@ -57,6 +61,7 @@ def parse_result_name(name: str) -> dict[str, Any]:
     settings: dict[str, Any] = {key: found.get(key) for key in KEYS}
     settings["layer"] = int(found["layer"])
     settings["multiplier"] = float(found["multiplier"])
+    settings["override_weights"] = found.get("override_weights", found.get(_OLDER))
     settings["use_base_model"] = found.get("use_base_model") == "True"
     return settings
 
@@ -94,3 +99,49 @@ def _score(file: Path) -> Mapping[str, Any]:
         "mass": float((a + b).mean()),
         "other_keys": int((~lettered).sum()),
     }
+
+
+def read_published_answers(folder: str | os.PathLike[str]) -> pd.DataFrame:
+    """One row an open-ended answer below `folder`: the settings in its file's name, `item`, `prompt`, `answer`, `score`.
+
+    `score` is their judge's, from 0 to 10, NaN where it gave none. Of a file that is there judged and unjudged, the judged one is
+    read. `AnswerSet.of(table.to_dict("records"))` makes answers of (a part of) it, to be judged again.
+
+    Raises:
+        InputError: no result file, or one that cannot be read.
+    """
+    files = sorted(
+        Path(folder).rglob("results_*type=open_ended*.json"), key=lambda file: "open_ended_scores" in file.parts
+    )
+    if not files:
+        raise InputError(
+            f"{folder} holds no files results_*type=open_ended*.json; give the authors' results directory."
+        )
+    rows = []
+    for name, file in sorted({file.name: file for file in files}.items()):
+        try:
+            for number, item in enumerate(json.loads(file.read_text(encoding="utf-8"))):
+                texts = {"prompt": item["question"], "answer": item["model_output"].removesuffix("</s>").strip()}
+                rows.append(
+                    {**parse_result_name(name), "item": number, **texts, "score": float(item.get("score", "nan"))}
+                )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{file}: every item needs the texts question and model_output, and a number as its score if it has one ({error})."
+            ) from error
+    return pd.DataFrame(rows)
+
+
+def read_published_judged(folder: str | os.PathLike[str]) -> pd.DataFrame:
+    """One row an open-ended result file below `folder`: its settings, their judge's mean score `value` (0 to 10) with its 95%
+    interval `low`, `high`, the number `n` of answers scored, and that of the others, `unscored`.
+
+    Raises:
+        InputError: as in `read_published_answers`.
+    """
+    answers = read_published_answers(folder)
+    rows = []
+    for place, group in answers.groupby(list(KEYS), sort=False, dropna=False):
+        estimate = bootstrap_mean(group["score"].dropna().to_numpy(float))
+        rows.append({**dict(zip(KEYS, place, strict=True)), **estimate._asdict(), "unscored": len(group) - estimate.n})
+    return pd.DataFrame(rows)

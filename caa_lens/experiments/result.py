@@ -1,27 +1,17 @@
-"""What a sweep shows: summaries with intervals, effects, and a verdict against the controls.
-
-    effect of a vector at a layer = mean over items of the slope of the item's effect against the multiplier
-
-An item whose slope is negative is anti-steerable: the vector moves it the wrong way. An effect counts as shown when its
-interval lies beyond the largest effect of any control of the same norm at the same layer.
-
-Source for slopes and anti-steerability: Tan et al., "Analyzing the generalization and reliability of steering vectors" (2024).
-"""
+"""What a sweep shows: summaries with intervals, effects, and a verdict against the controls (see `effects`)."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from caa_lens.errors import InputError
+from caa_lens.experiments.effects import best_of, effect_table, verdict_on
 from caa_lens.experiments.scoring import Metric
-from caa_lens.experiments.statistics import bootstrap_mean, slopes
-from caa_lens.files import atomic_path
+from caa_lens.experiments.statistics import bootstrap_mean
+from caa_lens.experiments.store import save_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,37 +66,15 @@ class SweepResult:
         Raises:
             InputError: the sweep has fewer than two multipliers.
         """
-        if self.items["multiplier"].nunique() < 2:
-            raise InputError("an effect needs at least two multipliers; sweep with multipliers=(-1, 0, 1).")
-        rows = []
-        for place, group in self.items.groupby(self._axes, sort=False):
-            table = group.pivot(index="multiplier", columns="item", values="effect")
-            slope = slopes(table.index.to_numpy(float), table.to_numpy(float))
-            keys = group.drop_duplicates("item").set_index("item")["key"].loc[table.columns].tolist()
-            effect = bootstrap_mean(slope, keys if self.metric.balanced else None, seed=self.seed)
-            anti = bootstrap_mean((slope < 0).astype(float), seed=self.seed)
-            rows.append(
-                {
-                    **dict(zip(self._axes, place, strict=True)),
-                    "effect": effect.value,
-                    "effect_low": effect.low,
-                    "effect_high": effect.high,
-                    "anti_steerable": anti.value,
-                    "anti_low": anti.low,
-                    "anti_high": anti.high,
-                    "n": effect.n,
-                }
-            )
-        return pd.DataFrame(rows)
+        strata = "key" if self.metric.balanced else None
+        return effect_table(self.items, self._axes, measure="effect", strata=strata, seed=self.seed)
 
     def best(self) -> dict[str, Any]:
         """The layer at which the vector's effect is largest, as a row of `effects()`.
 
         The layer was chosen on these items, so its effect is somewhat too large; measure it on others to report it.
         """
-        effects = self.effects()
-        own = effects[effects["vector"] == "vector"]
-        return dict(own.loc[own["effect"].idxmax()])
+        return best_of(self.effects())
 
     def verdict(self) -> str:
         """In words: whether the effect at the best layer is beyond zero and beyond every control.
@@ -115,27 +83,7 @@ class SweepResult:
         """
         if systems := self.by_system():
             return "\n".join(f"system prompt {name!r}: {result.verdict()}" for name, result in systems.items())
-        best, effects = self.best(), self.effects()
-        at_best = effects[(effects["layer"] == best["layer"]) & (effects["vector"] != "vector")]
-        others = at_best[at_best["vector"] != "letter-balanced"]  # a variant of the vector, not a null
-        what = (
-            f"{self.provenance['pairs']}, layer {best['layer']}: effect {best['effect']:+.3f} nats per unit of multiplier "
-            f"[{best['effect_low']:+.3f}, {best['effect_high']:+.3f}], n = {best['n']}"
-        )
-        if best["effect_high"] < 0:
-            return f"{what}. OPPOSITE: the interval lies below zero, and no layer does better."
-        if best["effect_low"] <= 0:
-            return f"{what}. NULL: the interval includes zero."
-        if others.empty:
-            return f"{what}. The interval excludes zero; no controls were run (controls=True)."
-        largest = others.loc[others["effect"].abs().idxmax()]
-        bound = abs(float(largest["effect"]))
-        if best["effect_low"] <= bound:
-            return (
-                f"{what}. NOT SHOWN: the control {largest['vector']!r} of the same norm has an effect of "
-                f"{largest['effect']:+.3f}, which the interval does not exceed."
-            )
-        return f"{what}. Beyond every control of the same norm; the largest is {largest['vector']!r} at {largest['effect']:+.3f}."
+        return verdict_on(self.effects(), self.provenance["pairs"], unit="nats")
 
     def plot(
         self, by: Literal["layer", "multiplier"] | None = None, *, layer: int | None = None, ax: Axes | None = None
@@ -151,16 +99,4 @@ class SweepResult:
         Raises:
             InputError: another suffix.
         """
-        target = Path(path)
-        if target.suffix not in (".parquet", ".json", ".csv"):
-            raise InputError(f"{target.name}: allowed suffixes are .parquet, .json and .csv.")
-        with atomic_path(target) as temporary:
-            if target.suffix == ".parquet":
-                table = self.items.copy()
-                table.attrs = {"caa_lens": json.dumps(self.provenance)}
-                table.to_parquet(temporary)
-            elif target.suffix == ".json":
-                rows = json.loads(self.items.to_json(orient="records"))
-                temporary.write_text(json.dumps({"provenance": self.provenance, "items": rows}), encoding="utf-8")
-            else:
-                self.items.to_csv(temporary, index=False)
+        save_table(self.items, self.provenance, path)

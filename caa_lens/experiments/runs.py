@@ -7,12 +7,10 @@ What an item is (a pair under a metric, a window of a text) is up to the caller;
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,8 @@ from caa_lens.directions import Operator, add
 from caa_lens.errors import InputError
 from caa_lens.experiments.controls import with_controls
 from caa_lens.experiments.grid import Text, grid_logprobs
-from caa_lens.files import atomic_path, digest
+from caa_lens.experiments.store import ItemStore
+from caa_lens.files import digest
 from caa_lens.hooks import flatten
 from caa_lens.models import Model, check_layers, describe
 from caa_lens.positions import Positions, check_positions, is_steered
@@ -33,12 +32,17 @@ from caa_lens.vector_set import VectorSet
 
 @dataclass(frozen=True)
 class Setting:
-    """One configuration: a vector (by name) at its layer, times a multiplier; `steering=None` is the unsteered model."""
+    """One configuration: a vector (by name) at its layer, times a multiplier; at 0, or with no direction, the unsteered model."""
 
     vector: str
     layer: int
     multiplier: float
-    steering: SteeringVector | None
+    direction: SteeringVector | None
+
+    @property
+    def steering(self) -> SteeringVector | None:
+        """What is added; None for the unsteered model."""
+        return self.multiplier * self.direction if self.multiplier and self.direction is not None else None
 
 
 UNSTEERED = Setting("none", -1, 0.0, None)
@@ -65,7 +69,7 @@ def settings_for(
         raise InputError("an empty grid: give at least one multiplier.")
     named = with_controls(chosen, n_random=3 if controls is True else int(controls), seed=seed, others=others)
     return [
-        Setting(name, layer, float(m), m * group[layer] if m else None)
+        Setting(name, layer, float(m), group[layer])
         for name, group in named.items()
         for layer in group
         for m in sorted(set(multipliers))
@@ -79,6 +83,31 @@ def _at_layers(model: Model, vectors: VectorSet | SteeringVector, layers: Sequen
     if isinstance(vectors, SteeringVector):
         return VectorSet([vectors.at_layer(layer) for layer in layers or [vectors.layer]])
     return vectors if layers is None else VectorSet([vectors[layer] for layer in layers])
+
+
+def describe_run(
+    model: Model, settings: Sequence[Setting], positions: Positions, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Provenance of a run under several settings: `about` with the model, the settings, a digest of their vectors, versions.
+
+    Raises:
+        InputError: positions that fit one prompt only, or an open `steer` context.
+    """
+    if is_steered(model):
+        raise InputError("this measurement steers by itself; leave the steer() context and pass the vector.")
+    check_positions(positions)
+    if isinstance(positions, Tensor):
+        raise InputError("a position mask fits one prompt; take a named choice, a slice or a function.")
+    info = describe(model)
+    return {
+        "model": info.name,
+        "revision": info.revision,
+        **about,
+        "positions": getattr(positions, "__name__", str(positions)),
+        "settings": [[s.vector, s.layer, s.multiplier] for s in settings],
+        "vectors": digest([s.steering.tensor.tolist() if s.steering else None for s in settings]),
+        "versions": {name: version(name) for name in ("caa-lens", "transformer-lens", "transformers", "torch")},
+    }
 
 
 def run_items(
@@ -111,25 +140,24 @@ def run_items(
     Raises:
         InputError: positions that fit one prompt only, an open `steer` context, or a store of another run.
     """
-    if is_steered(model):
-        raise InputError("this measurement steers by itself; leave the steer() context and pass the vector.")
-    check_positions(positions)
-    if isinstance(positions, Tensor):
-        raise InputError("a position mask fits one prompt; take a named choice, a slice or a function.")
-    info = describe(model)
-    made = {
-        "model": info.name,
-        "revision": info.revision,
-        **about,
-        "positions": getattr(positions, "__name__", str(positions)),
-        "operator": getattr(operator, "__name__", str(operator)),
-        "strength": strength,
-        "settings": [[s.vector, s.layer, s.multiplier] for s in settings],
-        "vectors": digest([s.steering.tensor.tolist() if s.steering else None for s in settings]),
-        "texts": digest([[text.ids for text in texts] for texts in items]),
-        "versions": {name: version(name) for name in ("caa-lens", "transformer-lens", "transformers", "torch")},
-    }
-    done = _Store(store, made)
+    made = describe_run(
+        model,
+        settings,
+        positions,
+        {
+            **about,
+            "operator": getattr(operator, "__name__", str(operator)),
+            "strength": strength,
+            "texts": digest([[text.ids for text in texts] for texts in items]),
+        },
+    )
+    done = ItemStore(
+        store,
+        made,
+        what="sweep",
+        encode=lambda rows: [row.tolist() for row in rows],
+        decode=lambda rows: [np.array(row, dtype=np.float32) for row in rows],
+    )
     missing = [number for number in range(len(items)) if number not in done.found]
     flat = [(number, side, text) for number in missing for side, text in enumerate(items[number])]
     waiting: dict[int, dict[int, np.ndarray]] = {}
@@ -167,30 +195,3 @@ def _distinct(vectors: Sequence[SteeringVector | None]) -> tuple[list[SteeringVe
         distinct.append(vector)
         unsteered = place[-1] if vector is None else unsteered
     return distinct, place
-
-
-class _Store:
-    """Log-probabilities of finished items, in memory and, if a folder is given, one file an item."""
-
-    def __init__(self, folder: str | os.PathLike[str] | None, made: dict[str, Any]) -> None:
-        self.folder = Path(folder) if folder is not None else None
-        self.found: dict[int, list[np.ndarray]] = {}
-        if self.folder is None:
-            return
-        signature = digest({key: value for key, value in made.items() if key != "versions"})
-        about = self.folder / "about.json"
-        if about.exists():
-            if json.loads(about.read_text(encoding="utf-8")).get("signature") != signature:
-                raise InputError(f"{self.folder} holds another sweep; give another folder, or delete this one.")
-            for file in self.folder.glob("item-*.json"):
-                rows = json.loads(file.read_text(encoding="utf-8"))
-                self.found[int(file.stem.removeprefix("item-"))] = [np.array(row, dtype=np.float32) for row in rows]
-        else:
-            with atomic_path(about) as temporary:
-                temporary.write_text(json.dumps({"signature": signature, **made}, indent=1), encoding="utf-8")
-
-    def add(self, number: int, logprobs: list[np.ndarray]) -> None:
-        self.found[number] = logprobs
-        if self.folder is not None:
-            with atomic_path(self.folder / f"item-{number:06d}.json") as temporary:
-                temporary.write_text(json.dumps([row.tolist() for row in logprobs]), encoding="utf-8")

@@ -37,7 +37,12 @@ def bootstrap_mean(
         strata: each item's stratum (its answer key); resampled within, and weighted equally.
         level: of the interval.
         seed: of the resampling; items in the same order give the same interval.
+
+    Returns:
+        The estimate; NaN where there are no items.
     """
+    if not len(values):
+        return Estimate(np.nan, np.nan, np.nan, 0)
     rng = np.random.default_rng(seed)
     labels = np.asarray(["all"] * len(values) if strata is None else list(strata), dtype=object)
     groups = [values[labels == label] for label in dict.fromkeys(labels.tolist())]
@@ -87,3 +92,25 @@ def slopes(
     """Least-squares slope of each item's value against the multiplier; a negative one is anti-steerable."""
     centred = multipliers - multipliers.mean()
     return (centred[:, None] * values).sum(0) / (centred**2).sum()
+
+
+def interval_alpha(units: Sequence[Float[np.ndarray, " rating"]]) -> float:
+    """Krippendorff's alpha for interval data: how far ratings of the same unit agree, beyond chance.
+
+        alpha = 1 - D_o / D_e
+        D_o = 1/n sum over units of m_u Var(ratings of u),   D_e = Var(all ratings)      (variances with m - 1)
+
+    Args:
+        units: the ratings of each unit, m_u of them; units with fewer than two do not count.
+
+    Returns:
+        1 for full agreement, 0 for what chance gives; NaN where all ratings are equal, or there are none.
+
+    Source: Krippendorff, "Computing Krippendorff's alpha-reliability" (2011).
+    """
+    paired = [np.asarray(unit, float) for unit in units if len(unit) > 1]
+    ratings = np.concatenate(paired) if paired else np.zeros(0)
+    if not len(ratings) or not (expected := ratings.var(ddof=1)):
+        return float("nan")
+    observed = sum(len(unit) * unit.var(ddof=1) for unit in paired) / len(ratings)
+    return float(1 - observed / expected)

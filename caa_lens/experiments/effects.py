@@ -1,0 +1,103 @@
+"""Effects of vectors, and what may be said of them beside controls of the same norm.
+
+    effect of a vector at a layer = mean over items of the slope of the item's measure against the multiplier
+
+An item whose slope is negative is anti-steerable: the vector moves it the wrong way. An effect counts as shown when its
+interval lies beyond the largest effect of any control of the same norm at the same layer.
+
+Source for slopes and anti-steerability: Tan et al., "Analyzing the generalization and reliability of steering vectors" (2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from caa_lens.errors import InputError
+from caa_lens.experiments.statistics import bootstrap_mean, slopes
+
+
+def effect_table(
+    items: pd.DataFrame, axes: Sequence[str], *, measure: str, strata: str | None = None, seed: int = 0
+) -> pd.DataFrame:
+    """One row a group of `axes`: `effect` and the share of `anti_steerable` items, each with its 95% interval, and `n`.
+
+    Args:
+        items: one row an item and setting, with `item`, `multiplier` and the measure.
+        axes: columns that tell the groups apart (`vector`, `layer`, ...).
+        measure: column whose slope is taken; an item that lacks it at some multiplier is left out of the group.
+        strata: column of the strata that are weighted equally.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: fewer than two multipliers.
+    """
+    if items["multiplier"].nunique() < 2:
+        raise InputError("an effect needs at least two multipliers; run multipliers=(-1, 0, 1).")
+    rows = []
+    for place, group in items.groupby(list(axes), sort=False):
+        table = group.pivot(index="multiplier", columns="item", values=measure).dropna(axis="columns")
+        slope = slopes(table.index.to_numpy(float), table.to_numpy(float))
+        keys = group.drop_duplicates("item").set_index("item")[strata].loc[table.columns].tolist() if strata else None
+        effect = bootstrap_mean(slope, keys, seed=seed)
+        anti = bootstrap_mean((slope < 0).astype(float), seed=seed)
+        rows.append(
+            {
+                **dict(zip(axes, place, strict=True)),
+                "effect": effect.value,
+                "effect_low": effect.low,
+                "effect_high": effect.high,
+                "anti_steerable": anti.value,
+                "anti_low": anti.low,
+                "anti_high": anti.high,
+                "n": effect.n,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def best_of(effects: pd.DataFrame) -> dict[str, Any]:
+    """The row of the layer at which the vector's effect is largest.
+
+    Raises:
+        InputError: no vector was run, or none of its effects is a number.
+    """
+    own = effects[(effects["vector"] == "vector") & effects["effect"].notna()]
+    if own.empty:
+        raise InputError(
+            "there is no effect of a vector here: none was run, or no item has a value at every multiplier."
+        )
+    return dict(own.loc[own["effect"].idxmax()])
+
+
+def verdict_on(effects: pd.DataFrame, subject: str, *, unit: str) -> str:
+    """In words: whether the effect at the best layer is beyond zero and beyond every control.
+
+    Args:
+        effects: of `effect_table`.
+        subject: whose effect it is.
+        unit: of the measure.
+    """
+    best = best_of(effects)
+    at_best = effects[(effects["layer"] == best["layer"]) & (effects["vector"] != "vector")]
+    others = at_best[at_best["vector"] != "letter-balanced"]  # a variant of the vector, not a null
+    others = others[others["effect"].notna()]
+    what = (
+        f"{subject}, layer {best['layer']}: effect {best['effect']:+.3f} {unit} per unit of multiplier "
+        f"[{best['effect_low']:+.3f}, {best['effect_high']:+.3f}], n = {best['n']}"
+    )
+    if best["effect_high"] < 0:
+        return f"{what}. OPPOSITE: the interval lies below zero, and no layer does better."
+    if best["effect_low"] <= 0:
+        return f"{what}. NULL: the interval includes zero."
+    if others.empty:
+        return f"{what}. The interval excludes zero; no controls were run (controls=True)."
+    largest = others.loc[others["effect"].abs().idxmax()]
+    if best["effect_low"] <= abs(float(largest["effect"])):
+        return (
+            f"{what}. NOT SHOWN: the control {largest['vector']!r} of the same norm has an effect of "
+            f"{largest['effect']:+.3f}, which the interval does not exceed."
+        )
+    return f"{what}. Beyond every control of the same norm; the largest is {largest['vector']!r} at {largest['effect']:+.3f}."

@@ -1,0 +1,1 @@
+"""Judges: who scores an answer by a rubric. `endpoint` asks an OpenAI-compatible service, `local` a model in this process."""

@@ -1,0 +1,84 @@
+"""What is finished stays: results item by item in a folder, and tables with their provenance; each file whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import pandas as pd
+
+from caa_lens.errors import InputError
+from caa_lens.files import atomic_path, digest
+
+Item = TypeVar("Item")
+
+
+class ItemStore(Generic[Item]):
+    """Finished items by number, in memory and, if a folder is given, one JSON file an item.
+
+    Args:
+        folder: where they are kept; None keeps them in memory only.
+        made: what determines the results; `versions` are recorded, and may differ when the run is taken up again.
+        what: name of such a run, for the message.
+        encode, decode: an item to what JSON can hold, and back.
+
+    Raises:
+        InputError: the folder holds a run made otherwise.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None,
+        made: dict[str, Any],
+        *,
+        what: str,
+        encode: Callable[[Item], Any] = lambda item: item,
+        decode: Callable[[Any], Item] = lambda item: item,
+    ) -> None:
+        self.folder = Path(folder) if folder is not None else None
+        self.encode = encode
+        self.found: dict[int, Item] = {}
+        if self.folder is None:
+            return
+        signature = digest({key: value for key, value in made.items() if key != "versions"})
+        about = self.folder / "about.json"
+        if about.exists():
+            if json.loads(about.read_text(encoding="utf-8")).get("signature") != signature:
+                raise InputError(f"{self.folder} holds another {what}; give another folder, or delete this one.")
+            for file in self.folder.glob("item-*.json"):
+                item = json.loads(file.read_text(encoding="utf-8"))
+                self.found[int(file.stem.removeprefix("item-"))] = decode(item)
+        else:
+            with atomic_path(about) as temporary:
+                temporary.write_text(json.dumps({"signature": signature, **made}, indent=1), encoding="utf-8")
+
+    def add(self, number: int, item: Item) -> None:
+        """Keeps a finished item."""
+        self.found[number] = item
+        if self.folder is not None:
+            with atomic_path(self.folder / f"item-{number:06d}.json") as temporary:
+                temporary.write_text(json.dumps(self.encode(item)), encoding="utf-8")
+
+
+def save_table(items: pd.DataFrame, provenance: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a table with its provenance: `.parquet`, `.json` or `.csv` (without it) by the suffix, whole or not at all.
+
+    Raises:
+        InputError: another suffix.
+    """
+    target = Path(path)
+    if target.suffix not in (".parquet", ".json", ".csv"):
+        raise InputError(f"{target.name}: allowed suffixes are .parquet, .json and .csv.")
+    with atomic_path(target) as temporary:
+        if target.suffix == ".parquet":
+            table = items.copy()
+            table.attrs = {"caa_lens": json.dumps(provenance)}
+            table.to_parquet(temporary)
+        elif target.suffix == ".json":
+            rows = json.loads(items.to_json(orient="records"))
+            temporary.write_text(json.dumps({"provenance": provenance, "items": rows}), encoding="utf-8")
+        else:
+            items.to_csv(temporary, index=False)
