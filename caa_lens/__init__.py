@@ -14,8 +14,10 @@ from caa_lens.directions import ablate, add, clamp, gate
 from caa_lens.errors import CaaLensError, CaaLensWarning, InputError, MissingError
 from caa_lens.experiments.capability import CapabilityResult, capability, text_loss
 from caa_lens.experiments.controls import learning_curve
+from caa_lens.experiments.finetuning import finetune
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.sweep import score, sweep
+from caa_lens.experiments.tuned import FinetuneResult
 from caa_lens.extraction import extract
 from caa_lens.geometry import norms, pca, similarity
 from caa_lens.hooks import steering_hooks
@@ -63,6 +65,8 @@ __all__ = [
     "text_loss",
     "CapabilityResult",
     "learning_curve",
+    "finetune",
+    "FinetuneResult",
     "patch",
     "PatchResult",
     "logit_attribution",

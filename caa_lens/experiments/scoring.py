@@ -60,7 +60,7 @@ class Logprob(Metric):
 
     def texts(self, tokenizer: Any, template: Template, pair: ContrastPair) -> list[Text]:
         both = template.encode_pair(tokenizer, pair)
-        return [_completion_text(side) for side in (both.positive, both.negative)]
+        return [completion_text(side) for side in (both.positive, both.negative)]
 
     def values(self, pair: ContrastPair, logprobs: Sequence[Float[np.ndarray, "setting _"]]) -> Values:
         positive, negative = (side.mean(1) for side in logprobs)
@@ -74,7 +74,8 @@ class Logprob(Metric):
         }
 
 
-def _completion_text(prompt: Prompt) -> Text:
+def completion_text(prompt: Prompt) -> Text:
+    """A text of which all tokens of the completion count."""
     targets = tuple((index, (prompt.ids[index],)) for index in prompt.spans["completion"])
     return Text(prompt.ids, prompt.instruction_end, targets)
 
