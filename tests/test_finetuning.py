@@ -204,23 +204,19 @@ def test_vectors_of_the_base_on_the_tuned_model_and_the_reverse(base, pairs, hel
     [("Llama-2-tiny-chat", caa.Llama2Chat()), ("Llama-2-tiny", caa.Llama2Base())],
     ids=["chat", "base"],
 )
-def test_a_tuned_llama2_keeps_its_template(llama_tokenizer, kind, name, template, tmp_path):
+def test_a_tuned_llama2_keeps_its_template(llama_tokenizer, name, template, tmp_path):
     """Whatever the pairs and the directory are called, and tuned twice."""
-    hf_model = tiny_llama(32000, grouped=False)
-    hf_model.save_pretrained(tmp_path / name)
+    tiny_llama(32000, grouped=False).save_pretrained(tmp_path / name)
     llama_tokenizer.save_pretrained(tmp_path / name)
     pairs = caa.load_pairs([("Hi.", "Good day.", "Hey man."), ("Why?", "Because.", "Cause.")], name="chat")
-    options = {**QUICK, "epochs": 1}
-    result = caa.finetune(tmp_path / name, pairs, folder=tmp_path / "once", **options)
-    assert result.provenance["template"] == repr(template)
-    moved = result.path.rename(tmp_path / "my model")
-    twice = caa.finetune(moved, pairs, folder=tmp_path / "twice", **options)
-    assert twice.name.startswith("my-model-chat-positive-lora-")
-    for path in (moved, twice.path):
-        model = caa.load_model(path, kind=kind)
-        assert describe(model).name == path.name
-        assert describe(model).base == name
-        assert template_for(model, None) == template
+    options = {**QUICK, "epochs": 1, "method": "full"}
+    once = caa.finetune(tmp_path / name, pairs, folder=tmp_path / "once", **options)
+    assert once.provenance["template"] == repr(template)
+    twice = caa.finetune(once.path.rename(tmp_path / "my model"), pairs, folder=tmp_path / "twice", **options)
+    assert twice.name.startswith("my-model-chat-positive-full-")
+    model = caa.load_model(twice.path)
+    assert (describe(model).name, describe(model).base) == (twice.name, name)
+    assert template_for(model, None) == template
 
 
 def test_gpt2_with_its_transposed_layers(byte_tokenizer, tmp_path):
