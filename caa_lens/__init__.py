@@ -20,9 +20,11 @@ from caa_lens.experiments.judge import judge, judge_from
 from caa_lens.experiments.judged import JudgeResult
 from caa_lens.experiments.judges.endpoint import OpenAIJudge
 from caa_lens.experiments.judges.local import LocalJudge
+from caa_lens.experiments.finetuning import finetune
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.rubric import Rubric
 from caa_lens.experiments.sweep import score, sweep
+from caa_lens.experiments.tuned import FinetuneResult
 from caa_lens.extraction import extract
 from caa_lens.geometry import norms, pca, similarity
 from caa_lens.hooks import steering_hooks
@@ -79,6 +81,8 @@ __all__ = [
     "OpenAIJudge",
     "LocalJudge",
     "JudgeResult",
+    "finetune",
+    "FinetuneResult",
     "patch",
     "PatchResult",
     "logit_attribution",

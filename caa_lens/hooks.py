@@ -65,8 +65,8 @@ def flatten(model: Model, vectors: Vectors) -> list[SteeringVector]:
 
 
 def template_for(model: Model, template: Template | None) -> Template:
-    """The given template, or the model's default."""
-    return template or default_template(describe(model).name, model.tokenizer)
+    """The given template, or the default of the model or of the one that it was tuned from."""
+    return template or default_template(describe(model).base, model.tokenizer)
 
 
 def steering_hook(

@@ -118,6 +118,10 @@ class VectorSet(Mapping[int, SteeringVector]):
     def __sub__(self, other: VectorSet) -> VectorSet:
         return self._with(other, -1)
 
+    def retarget(self, model: str) -> VectorSet:
+        """The same directions for another model of equal shape, on purpose (base to chat, base to fine-tuned)."""
+        return self.map(lambda v: v.retarget(model))
+
     def stack(self) -> Float[Tensor, "layer d_model"]:
         """The vectors as one tensor, layers ascending."""
         return torch.stack([vector.tensor for vector in self.values()])

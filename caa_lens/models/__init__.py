@@ -65,13 +65,14 @@ def host(model: Model) -> Host:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the method needs to know of a model."""
+    """What the method needs to know of a model; `base` is the one it was tuned from, whose prompts it takes, or itself."""
 
     name: str
     revision: str | None
     n_layers: int
     d_model: int
     n_ctx: int
+    base: str
 
     def same_model(self, name: str) -> bool:
         """Whether a vector made on `name` belongs here: the names agree, organisation and case aside."""
@@ -98,8 +99,8 @@ class ModelInfo:
 def describe(model: Model) -> ModelInfo:
     """Name and shape of a model."""
     host(model)  # refuses what is no TransformerLens model
-    name, revision = identity(model)
-    return ModelInfo(name, revision, model.cfg.n_layers, model.cfg.d_model, model.cfg.n_ctx)
+    name, revision, base = identity(model)
+    return ModelInfo(name, revision, model.cfg.n_layers, model.cfg.d_model, model.cfg.n_ctx, base)
 
 
 def weight_basis(model: Model) -> Basis:

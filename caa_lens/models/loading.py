@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from importlib.metadata import version
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformer_lens
 
 from caa_lens.errors import InputError
 from caa_lens.models.base import Model
-from caa_lens.models.checkpoints import Checkpoint, load_checkpoint
+from caa_lens.models.checkpoints import Checkpoint, as_device, as_dtype, load_checkpoint
 from caa_lens.models.hooked import use_fast_layout
 
-_IDENTITIES: weakref.WeakKeyDictionary[Any, tuple[str, str | None]] = weakref.WeakKeyDictionary()
+
+class Identity(NamedTuple):
+    """A model's name, its hub revision, and the name of the model that it was tuned from (its own, where it was not)."""
+
+    name: str
+    revision: str | None
+    base: str
 
 
-def identity(model: Model) -> tuple[str, str | None]:
-    """Name and hub revision of a model; a model that `load_model` did not build goes by its configuration's name."""
-    return _IDENTITIES.get(model, (str(model.cfg.model_name), None))
+_IDENTITIES: weakref.WeakKeyDictionary[Any, Identity] = weakref.WeakKeyDictionary()
+
+
+def identity(model: Model) -> Identity:
+    """What a model goes by; one that `load_model` did not build, by its configuration's name."""
+    name = str(model.cfg.model_name)
+    return _IDENTITIES.get(model, Identity(name, None, name))
 
 
 def load_model(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     kind: Literal["hooked", "bridge"] | None = None,
     dtype: torch.dtype | str | None = None,
@@ -55,14 +66,9 @@ def load_model(
             f"TransformerLens {version('transformer-lens')} has no HookedTransformer; use kind='bridge', or install "
             "'transformer-lens<4'."
         )
-    if isinstance(dtype, str):
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise InputError(f"dtype={dtype!r}: allowed are torch dtypes such as 'float32', 'bfloat16', 'float16'.")
-        dtype = cast(torch.dtype, getattr(torch, dtype))
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    checkpoint = load_checkpoint(name, dtype=dtype, device=place, revision=revision)
+    checkpoint = load_checkpoint(name, dtype=as_dtype(dtype), device=as_device(device), revision=revision)
     model = from_checkpoint(checkpoint, kind)
-    _IDENTITIES[model] = (checkpoint.name, checkpoint.revision)
+    _IDENTITIES[model] = Identity(checkpoint.name, checkpoint.revision, checkpoint.base)
     return model
 
 
@@ -100,7 +106,7 @@ def _hooked_transformer() -> Any:
 def _hooked_by_name(checkpoint: Checkpoint) -> Model:
     try:
         return _hooked_transformer().from_pretrained_no_processing(
-            checkpoint.name,
+            checkpoint.base,  # TransformerLens takes the shape from a name that it knows
             hf_model=checkpoint.model,
             tokenizer=checkpoint.tokenizer,
             dtype=checkpoint.model.dtype,
@@ -108,7 +114,7 @@ def _hooked_by_name(checkpoint: Checkpoint) -> Model:
         )
     except ValueError as error:
         raise InputError(
-            f"HookedTransformer knows no model {checkpoint.name!r} of architecture {type(checkpoint.model).__name__}; "
+            f"HookedTransformer knows no model {checkpoint.base!r} of architecture {type(checkpoint.model).__name__}; "
             "use kind='bridge'."
         ) from error
 
