@@ -26,6 +26,7 @@ from caa_lens.experiments.rubric import Rubric
 from caa_lens.experiments.sweep import score, sweep
 from caa_lens.experiments.tuned import FinetuneResult
 from caa_lens.extraction import extract
+from caa_lens.formats import load_vectors
 from caa_lens.geometry import norms, pca, similarity
 from caa_lens.hooks import steering_hooks
 from caa_lens.logits import logit_attribution, logit_lens
@@ -39,7 +40,6 @@ from caa_lens.provenance import Provenance
 from caa_lens.separation import separability
 from caa_lens.sources import behaviours, load_pairs
 from caa_lens.steering import generate, show_positions, steer
-from caa_lens.storage import load_vectors
 from caa_lens.templates import ChatTemplate, Llama2Base, Llama2Chat, Plain
 from caa_lens.vector import SteeringVector
 from caa_lens.vector_set import VectorSet, normalize_across

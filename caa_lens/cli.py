@@ -10,6 +10,7 @@ from typing import Any
 
 import caa_lens as caa
 from caa_lens import commands
+from caa_lens.formats import FORMATS
 from caa_lens.models.checkpoints import EMBEDDED
 
 
@@ -32,9 +33,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="caa-lens", description="Contrastive activation addition for TransformerLens models."
     )
     parser.add_argument("--version", action="version", version=f"caa-lens {caa.__version__}")
+    readable = [name for name, entry in FORMATS.items() if entry.load]
+    writable = [name for name, entry in FORMATS.items() if entry.save]
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Any], None], text: str, example: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[Any], None], text: str, example: str, *, loads: bool = True
+    ) -> argparse.ArgumentParser:
         added = subparsers.add_parser(
             name,
             help=text,
@@ -43,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(run=run)
+        if not loads:
+            return added
         added.add_argument("--model", default=EMBEDDED, help=f"hub id, directory, .gguf file (default {EMBEDDED})")
         added.add_argument("--kind", choices=("hooked", "bridge"), help="TransformerLens class (default: hooked first)")
         added.add_argument("--dtype", help="float32, bfloat16, ... (default: float32 on the CPU)")
@@ -114,6 +121,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     project.add_argument("--multiplier", type=float, default=0.0, help="steer at this strength meanwhile (default 0)")
     project.add_argument("--html", type=Path, help="write the coloured text as a page")
+
+    convert = command(
+        "convert",
+        commands.convert,
+        "Write steering vectors in another program's format; what it has no room for is named.",
+        "caa-lens convert out/formality.safetensors formality.gguf --layer 14",
+        loads=False,
+    )
+    convert.add_argument("source", help="file, folder or hub:OWNER/NAME")
+    convert.add_argument("target", help="file, folder or hub:OWNER/NAME (uploads)")
+    convert.add_argument(
+        "--from", dest="source_format", choices=readable, help="default: what the file shows itself to be"
+    )
+    convert.add_argument(
+        "--to", dest="target_format", choices=writable, help="default: by the end of the target's name"
+    )
+    convert.add_argument("--model", help="name of the vectors' model, if the file does not say")
+    convert.add_argument("--n-layers", type=int, help="depth of that model")
+    convert.add_argument("--layer", type=int, help="this layer only; of a bare tensor, its layer (0-based)")
+    convert.add_argument("--shift", type=int, default=0, help="added to a GGUF's layers; -1 for llama.cpp's generator")
+    convert.add_argument("--behaviour", help="name of the vectors, if the file does not say")
+    convert.add_argument("--feature", type=int, help="feature of an SAE")
 
     for name, run, text in (
         ("score", commands.score, "Score held-out pairs under one vector, beside its controls."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +80,25 @@ def project(arguments: Any) -> None:
     if arguments.html:
         projection.save_html(arguments.html)
         console.print(f"-> {arguments.html}")
+
+
+def convert(arguments: Any) -> None:
+    vectors = caa.load_vectors(
+        arguments.source,
+        format=arguments.source_format,
+        model=arguments.model,
+        n_layers=arguments.n_layers,
+        layer=arguments.layer,
+        shift=arguments.shift,
+        behaviour=arguments.behaviour,
+        feature=arguments.feature,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", caa.CaaLensWarning)
+        vectors.save(arguments.target, format=arguments.target_format)
+    for warning in caught:
+        console.print(f"note: {warning.message}", markup=False)
+    console.print(f"{vectors!r} -> {arguments.target}", markup=False)
 
 
 def score(arguments: Any) -> None:

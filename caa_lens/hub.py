@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face hub: one file of a repository, or MMLU and TruthfulQA as two-choice questions.
+"""The Hugging Face hub: one file of a repository, or MMLU and TruthfulQA as two-choice questions.
 
     two-choice question = question, the correct answer and one incorrect answer drawn at random, in random order as (A) and (B)
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -37,13 +37,24 @@ def download(where: str) -> Path:
         MissingError: no such repository or file, or neither the hub nor a cached copy can be reached.
     """
     owner, name, path = where.split("/", 2)
-    repository, _, revision = f"{owner}/{name}".partition("@")
     if Path(path).suffix not in (".json", ".jsonl"):
         raise InputError(
             f"'hub:{where}' names no .json or .jsonl file; write the whole path in the repository, such as "
             "'hub:Anthropic/model-written-evals/persona/agreeableness.jsonl'."
         )
-    options: dict[str, Any] = {"repo_type": "dataset", "revision": revision or None}
+    return fetch(f"{owner}/{name}", path, kind="dataset")
+
+
+def fetch(where: str, path: str, *, kind: Literal["dataset", "model"]) -> Path:
+    """The local path of a file of the repository `OWNER/NAME[@REVISION]`; from the cache if it is there.
+
+    Raises:
+        InputError: no name of a repository.
+        MissingError: no such repository or file, or neither the hub nor a cached copy can be reached.
+    """
+    repository, _, revision = where.partition("@")
+    options: dict[str, Any] = {"repo_type": kind, "revision": revision or None}
+    what, page = ("data set", "datasets/") if kind == "dataset" else ("repository", "")
     try:
         try:
             return Path(hf_hub_download(repository, path, local_files_only=True, **options))
@@ -51,7 +62,7 @@ def download(where: str) -> Path:
             return Path(hf_hub_download(repository, path, **options))
     except GatedRepoError as error:
         raise MissingError(
-            f"the data set {repository!r} is gated: accept its terms on its page, run `hf auth login` (or set HF_TOKEN), and "
+            f"the {what} {repository!r} is gated: accept its terms on its page, run `hf auth login` (or set HF_TOKEN), and "
             "load it again."
         ) from error
     except LocalEntryNotFoundError as error:
@@ -59,7 +70,7 @@ def download(where: str) -> Path:
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         raise MissingError(
             f"the hub has no public file {path!r} in {repository!r}{f' at {revision!r}' if revision else ''}; look at "
-            f"huggingface.co/datasets/{repository}/tree/main for what it holds."
+            f"huggingface.co/{page}{repository}/tree/main for what it holds."
         ) from error
     except HFValidationError as error:
         raise InputError(f"'hub:{where}': {repository!r} is no name of a repository (OWNER/NAME).") from error

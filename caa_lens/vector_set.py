@@ -133,11 +133,20 @@ class VectorSet(Mapping[int, SteeringVector]):
         columns = ("layer", "norm", "residual_norm", "relative_norm")
         return pd.DataFrame([{name: getattr(v, name) for name in columns} for v in self.values()])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the package's own format: one safetensors file, whole or not at all; `load_vectors` reads it."""
-        from caa_lens.storage import save_vectors
+    def save(self, path: str | os.PathLike[str], *, format: str | None = None) -> None:
+        """Writes the set, whole or not at all; `load_vectors` reads it.
 
-        save_vectors(self, path)
+        Args:
+            path: where to; a `.safetensors` of the package's own keeps everything.
+            format: `"own"`, `"gguf"`, `"caa"`, `"lm_eval"`, `"hub"` or `"remote"` (`caa_lens.formats` says what each carries);
+                by default by the end of the path.
+
+        Raises:
+            InputError: the format cannot hold these vectors.
+        """
+        from caa_lens.formats import save_vectors
+
+        save_vectors(self, path, format=format)
 
 
 def normalize_across(sets: Mapping[str, VectorSet]) -> dict[str, VectorSet]:

@@ -102,7 +102,7 @@ def test_errors_are_one_line_on_stderr(folder, capsys):
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["demo", "extract", "generate", "project", "score", "sweep"])
+@pytest.mark.parametrize("command", ["demo", "extract", "generate", "project", "convert", "score", "sweep"])
 def test_help_shows_an_example(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
