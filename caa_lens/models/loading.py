@@ -23,6 +23,11 @@ def identity(model: Model) -> tuple[str, str | None]:
     return _IDENTITIES.get(model, (str(model.cfg.model_name), None))
 
 
+def rename(model: Model, name: str, revision: str | None) -> None:
+    """Gives a model the name and hub revision that `identity` tells."""
+    _IDENTITIES[model] = (name, revision)
+
+
 def load_model(
     name: str,
     *,
@@ -55,15 +60,24 @@ def load_model(
             f"TransformerLens {version('transformer-lens')} has no HookedTransformer; use kind='bridge', or install "
             "'transformer-lens<4'."
         )
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    checkpoint = load_checkpoint(name, dtype=as_dtype(dtype), device=place, revision=revision)
+    model = from_checkpoint(checkpoint, kind)
+    rename(model, checkpoint.name, checkpoint.revision)
+    return model
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch dtype given by its name or as it is; None stays None.
+
+    Raises:
+        InputError: torch has no dtype of that name.
+    """
     if isinstance(dtype, str):
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise InputError(f"dtype={dtype!r}: allowed are torch dtypes such as 'float32', 'bfloat16', 'float16'.")
-        dtype = cast(torch.dtype, getattr(torch, dtype))
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    checkpoint = load_checkpoint(name, dtype=dtype, device=place, revision=revision)
-    model = from_checkpoint(checkpoint, kind)
-    _IDENTITIES[model] = (checkpoint.name, checkpoint.revision)
-    return model
+        return cast(torch.dtype, getattr(torch, dtype))
+    return dtype
 
 
 def from_checkpoint(checkpoint: Checkpoint, kind: Literal["hooked", "bridge"]) -> Model:
