@@ -10,6 +10,7 @@ with caa.steer(model, vectors[14]):
 """
 
 from caa_lens.activations import load_activations
+from caa_lens.baking import bake, export_checkpoint
 from caa_lens.directions import ablate, add, clamp, gate
 from caa_lens.errors import CaaLensError, CaaLensWarning, EndpointError, InputError, MissingError
 from caa_lens.experiments.answer_set import AnswerSet, known_answers
@@ -63,6 +64,8 @@ __all__ = [
     "steering_hooks",
     "generate",
     "show_positions",
+    "bake",
+    "export_checkpoint",
     "project",
     "Projection",
     "score",

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 Model = Any
@@ -101,6 +101,25 @@ class Host(Protocol):
     def basis(self, model: Model) -> Basis: ...
 
     def watch(self, model: Model, watcher: Callable[[Inputs], None]) -> list[Any]: ...
+
+    def duplicate(self, model: Model) -> Model: ...
+
+    def output_bias(self, model: Model, layer: int) -> Tensor | None: ...
+
+
+def share_weights(module: Any, **kept: Any) -> Any:
+    """A copy of a module whose parameters and buffers are new objects over the same memory; parameters are frozen.
+
+    Args:
+        kept: what the copy has in common with the original.
+    """
+    memo = {id(value): value for value in kept.values()}
+    for parameter in module.parameters():
+        # Quantised parameters are of classes of their own, which carry more than their numbers.
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+    memo.update({id(buffer): buffer.detach() for buffer in module.buffers()})
+    return copy.deepcopy(module, memo)
 
 
 def is_centred(embedding: Float[Tensor, "d_vocab d_model"]) -> bool:

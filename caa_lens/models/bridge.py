@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from caa_lens.models.base import (
     Basis,
@@ -22,6 +22,7 @@ from caa_lens.models.base import (
     own_cache,
     resid_post,
     select_positions,
+    share_weights,
     whole_mask,
 )
 from caa_lens.models.readout import unembed_each
@@ -178,3 +179,41 @@ def watch(model: Model, watcher: Callable[[Inputs], None]) -> list[Any]:
         watcher(Inputs(tokens, kwargs.get("attention_mask"), past, (given.shape[0], given.shape[1])))
 
     return [model.original_model.register_forward_pre_hook(model_hook, with_kwargs=True)]
+
+
+def duplicate(model: Model) -> Model:
+    """A bridge of its own over the same weights."""
+    twin = share_weights(model, tokenizer=model.tokenizer)
+    for block in twin.blocks:
+        # TransformerLens' own hooks on a block, once it has run, hold on to the block that they were made for; without them
+        # the copy makes its own.
+        block._teardown_capture_hooks()
+    return twin
+
+
+def output_bias(model: Model, layer: int) -> Tensor | None:
+    """The bias of the projection that the bridge calls `mlp.out`; one of zeros is made where there is none."""
+    mlp: Any = getattr(model.blocks[layer], "mlp", None)
+    projection = _projection(model, layer)
+    like = next(p for p in model.blocks[layer].parameters() if p.is_floating_point())  # quantised weights are integers
+    zeros = like.new_zeros(model.cfg.d_model)
+    if hasattr(mlp, "_processed_b_out"):  # in compatibility mode gated MLPs compute with tensors of their own
+        mlp._processed_b_out = zeros if mlp._processed_b_out is None else mlp._processed_b_out
+        return mlp._processed_b_out
+    if projection is not None and projection.bias is None:
+        projection.bias = nn.Parameter(zeros, requires_grad=False)
+    return None if projection is None else projection.bias
+
+
+def projection_path(model: Model, layer: int) -> str:
+    """Where `transformers` has the projection whose bias is `output_bias`, such as `model.layers.3.mlp.down_proj`."""
+    found = _projection(model, layer)
+    path = next(path for path, module in model.original_model.named_modules() if module is found)
+    return path.replace("._original_component", "")
+
+
+def _projection(model: Model, layer: int) -> Any | None:
+    """The wrapped module that writes the MLP's output; None where there is no single one."""
+    mlp = getattr(model.blocks[layer], "mlp", None)
+    projection = getattr(getattr(mlp, "out", None), "original_component", None)
+    return projection if hasattr(projection, "bias") else None

@@ -106,7 +106,7 @@ def load_checkpoint(
     where = {"revision": revision, "local_files_only": local or not _hub_has(location, revision)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **where)
-        with _quiet():
+        with quiet():
             model = AutoModelForCausalLM.from_pretrained(location, dtype=kept, **where)
     except (OSError, ValueError, KeyError) as error:
         if local:
@@ -201,7 +201,7 @@ def convert_gguf(path: Path) -> Path:
         raise InputError(f"reading {path.name} needs the gguf package: pip install 'caa-lens[demo]'.")
     logging.getLogger(__name__).info("converting %s to safetensors (once)", path.name)
     try:
-        with _quiet():
+        with quiet():
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # the reader raises whatever the bytes lead it to
@@ -213,14 +213,14 @@ def convert_gguf(path: Path) -> Path:
     setattr(model, "hf_quantizer", None)  # noqa: B010 (the attribute is not declared)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with atomic_path(target) as temporary, _quiet():
+    with atomic_path(target) as temporary, quiet():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return target
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences `transformers`' progress bars and advice about loading; errors still raise."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -11,7 +11,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from caa_lens.models import shared_prefix
-from caa_lens.models.base import Basis, Branch, Inputs, Model, Prefix, is_centred, select_positions, whole_mask
+from caa_lens.models.base import (
+    Basis,
+    Branch,
+    Inputs,
+    Model,
+    Prefix,
+    is_centred,
+    select_positions,
+    share_weights,
+    whole_mask,
+)
 from caa_lens.models.readout import unembed, unembed_each
 
 
@@ -124,6 +134,16 @@ def _joined(embedded: Sequence[Tensor], batch: int, length: int) -> Tensor | Non
         if columns >= length or len(parts[0]) != batch:
             return torch.cat(parts, 1) if columns == length and all(len(p) == batch for p in parts) else None
     return None
+
+
+def duplicate(model: Model) -> Model:
+    """A model of its own over the same weights."""
+    return share_weights(model, tokenizer=model.tokenizer)
+
+
+def output_bias(model: Model, layer: int) -> Tensor | None:
+    """`b_out`, which every dense MLP has here."""
+    return getattr(getattr(model.blocks[layer], "mlp", None), "b_out", None)
 
 
 def use_fast_layout(model: Model) -> None:

@@ -34,6 +34,11 @@ def identity(model: Model) -> Identity:
     return _IDENTITIES.get(model, Identity(name, None, name))
 
 
+def identify(model: Model, identity: Identity) -> None:
+    """Gives a model what `identity` tells of it."""
+    _IDENTITIES[model] = identity
+
+
 def load_model(
     name: str | os.PathLike[str],
     *,
@@ -68,7 +73,7 @@ def load_model(
         )
     checkpoint = load_checkpoint(name, dtype=as_dtype(dtype), device=as_device(device), revision=revision)
     model = from_checkpoint(checkpoint, kind)
-    _IDENTITIES[model] = Identity(checkpoint.name, checkpoint.revision, checkpoint.base)
+    identify(model, Identity(checkpoint.name, checkpoint.revision, checkpoint.base))
     return model
 
 
