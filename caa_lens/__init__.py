@@ -10,10 +10,13 @@ with caa.steer(model, vectors[14]):
 """
 
 from caa_lens.activations import load_activations
+from caa_lens.choices import as_free_text, restyle
 from caa_lens.directions import ablate, add, clamp, gate
 from caa_lens.errors import CaaLensError, CaaLensWarning, InputError, MissingError
+from caa_lens.experiments.baselines import AdditivityResult, additivity, few_shot, prompting
 from caa_lens.experiments.capability import CapabilityResult, capability, text_loss
 from caa_lens.experiments.controls import learning_curve
+from caa_lens.experiments.generalisation import TransferResult, transfer
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.sweep import score, sweep
 from caa_lens.extraction import extract
@@ -59,6 +62,14 @@ __all__ = [
     "score",
     "sweep",
     "SweepResult",
+    "few_shot",
+    "prompting",
+    "additivity",
+    "AdditivityResult",
+    "restyle",
+    "as_free_text",
+    "transfer",
+    "TransferResult",
     "capability",
     "text_loss",
     "CapabilityResult",
