@@ -11,17 +11,20 @@ with caa.steer(model, vectors[14]):
 
 from caa_lens.activations import load_activations
 from caa_lens.baking import bake, export_checkpoint
+from caa_lens.choices import as_free_text, restyle
 from caa_lens.directions import ablate, add, clamp, gate
 from caa_lens.errors import CaaLensError, CaaLensWarning, EndpointError, InputError, MissingError
 from caa_lens.experiments.answer_set import AnswerSet, known_answers
 from caa_lens.experiments.answers import answers
+from caa_lens.experiments.baselines import AdditivityResult, additivity, few_shot, prompting
 from caa_lens.experiments.capability import CapabilityResult, capability, text_loss
 from caa_lens.experiments.controls import learning_curve
+from caa_lens.experiments.finetuning import finetune
+from caa_lens.experiments.generalisation import TransferResult, transfer
 from caa_lens.experiments.judge import judge, judge_from
 from caa_lens.experiments.judged import JudgeResult
 from caa_lens.experiments.judges.endpoint import OpenAIJudge
 from caa_lens.experiments.judges.local import LocalJudge
-from caa_lens.experiments.finetuning import finetune
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.rubric import Rubric
 from caa_lens.experiments.sweep import score, sweep
@@ -71,6 +74,14 @@ __all__ = [
     "score",
     "sweep",
     "SweepResult",
+    "few_shot",
+    "prompting",
+    "additivity",
+    "AdditivityResult",
+    "restyle",
+    "as_free_text",
+    "transfer",
+    "TransferResult",
     "capability",
     "text_loss",
     "CapabilityResult",

@@ -57,10 +57,15 @@ class ContrastPair:
         return self.origin or f"the pair with prompt {self.prompt[:60]!r}"
 
     @property
-    def key(self) -> str | None:
-        """The letter of a multiple-choice answer that shows the behaviour (`"A"` of `"(A)"`); None for free text."""
+    def letters(self) -> tuple[str, str] | None:
+        """The letters of the two multiple-choice answers (`("A", "B")` of `"(A)"` and `"(B)"`); None for free text."""
         positive, negative = _ANSWER.fullmatch(self.positive.strip()), _ANSWER.fullmatch(self.negative.strip())
-        return positive[1] if positive and negative else None
+        return (positive[1], negative[1]) if positive and negative else None
+
+    @property
+    def key(self) -> str | None:
+        """The letter of a multiple-choice answer that shows the behaviour; None for free text."""
+        return self.letters[0] if self.letters else None
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -71,6 +76,14 @@ class ContrastPair:
         """The positive completion with another letter in its place."""
         return self.positive.replace(self.key or "", letter, 1)
 
+    @property
+    def digests(self) -> frozenset[str]:
+        """What identifies the prompt, and the one that it was rewritten from (`restyle`, `as_free_text`)."""
+        return frozenset(map(prompt_digest, {self.prompt, self.extra.get(WRITTEN_FROM, self.prompt)}))
+
+
+WRITTEN_FROM = "written_from"
+"""The further field of a pair that holds the prompt which it was rewritten from."""
 
 _ANSWER = re.compile(r"\(?([A-Za-z]|\d{1,2})\)?")
 _OPTION = re.compile(r"^\s*\(([A-Za-z]|\d{1,2})\)", re.MULTILINE)
@@ -140,8 +153,9 @@ class PairSet(Sequence[ContrastPair]):
 
     @property
     def prompt_digests(self) -> tuple[str, ...]:
-        """The sorted digests of the distinct prompts: enough to notice a prompt seen in training, nothing more."""
-        return tuple(sorted({prompt_digest(pair.prompt) for pair in self.pairs}))
+        """The sorted digests of the distinct prompts, and of those that they were rewritten from: enough to notice a prompt seen in
+        training, nothing more."""
+        return tuple(sorted({found for pair in self.pairs for found in pair.digests}))
 
     def split(self, *, held_out: int, seed: int = 0) -> tuple[PairSet, PairSet]:
         """Splits into (training, held-out) pairs; pairs that share a prompt always land on the same side.
@@ -181,7 +195,7 @@ class PairSet(Sequence[ContrastPair]):
             InputError: names the first prompt found on both sides.
         """
         seen = set(trained_on.prompt_digests if isinstance(trained_on, PairSet) else trained_on)
-        both = [pair for pair in self.pairs if prompt_digest(pair.prompt) in seen]
+        both = [pair for pair in self.pairs if not seen.isdisjoint(pair.digests)]
         if both:
             raise InputError(
                 f"{len(both)} of {len(self)} prompts are in the training pairs too, the first is {both[0].prompt!r}; "

@@ -113,14 +113,15 @@ class ChatTemplate(Template):
 @dataclass(frozen=True)
 class Plain(Template):
     """Text as it is, with a BOS where the tokenizer has one (TransformerLens' habit); system prompt and turns are
-    paragraphs before it.
+    paragraphs before it, a turn's answer directly behind its prompt, as a completion is.
 
     It has no marker: `after_instruction` is the prompt's last token where this package wrote the prompt, and refused
     for plain tokens.
     """
 
     def render(self, tokenizer: Any, messages: list[Message]) -> str:
-        return "\n\n".join(message["content"] for message in messages)
+        ends = {"assistant": "\n\n", "system": "\n\n", "user": ""}
+        return "".join(message["content"] + ends[message["role"]] for message in messages)
 
     def marker(self, tokenizer: Any) -> str:
         return ""

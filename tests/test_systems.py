@@ -65,7 +65,7 @@ def test_effects_verdicts_and_parts_of_each_system(model, vectors, held_out):
     assert result.best()["effect"] == own["effect"].max()
     assert result.best()["system"] == own.loc[own["effect"].idxmax(), "system"]
     lines = result.verdict().splitlines()
-    assert [line.split(": ")[0] for line in lines] == [f"system prompt {name!r}" for name in SYSTEMS]
+    assert [line.split(": ")[0] for line in lines] == [f"system {name!r}" for name in SYSTEMS]
     assert not caa.score(model, held_out, vectors[1], progress=False).by_system()
 
 
@@ -96,7 +96,7 @@ def test_unusable_system_prompts(model, vectors, held_out, systems, message, mon
     [
         (
             "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}\n{% endfor %}Answer:",
-            "does not write the system prompt 'positive' into the text",
+            "does not write the system prompt 'Be as stiff as you can.' of 'positive' into the text",
         ),
         (
             "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"

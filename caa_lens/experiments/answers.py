@@ -26,7 +26,7 @@ from caa_lens.experiments.grid import grid_logprobs
 from caa_lens.experiments.runs import UNSTEERED, Setting, describe_run, settings_for
 from caa_lens.experiments.scoring import completion_text
 from caa_lens.experiments.store import ItemStore
-from caa_lens.experiments.sweep import _under_systems
+from caa_lens.experiments.sweep import under_systems
 from caa_lens.files import digest
 from caa_lens.hooks import template_for
 from caa_lens.models import Model, describe, tokenizer_of
@@ -104,7 +104,7 @@ def answers(
     info, tokenizer, chosen = describe(model), tokenizer_of(model), template_for(model, template)
     written: Mapping[str | None, Template] = {None: chosen}
     if systems is not None:
-        written = _under_systems(tokenizer, chosen, systems)
+        written = under_systems(tokenizer, chosen, systems)
     for way, question in product(written.values(), questions):
         length = len(way.encode(tokenizer, question).ids)
         info.require_room(f"the question {question[:60]!r}", length, max_new_tokens=max_new_tokens)

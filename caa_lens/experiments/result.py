@@ -23,7 +23,7 @@ class SweepResult:
     """Scores of a sweep.
 
     Attributes:
-        items: one row an item and setting: `item`, `key`, `system` (where system prompts were swept), `vector`, `layer`,
+        items: one row an item and setting: `item`, `key`, `system` (where systems were swept), `vector`, `layer`,
             `multiplier`, `value`, `effect`, and the metric's further columns (`mass`; `positive`, `negative`, `preferred`).
         metric: how items were scored.
         provenance: model, template, pairs' hash, settings, seed, versions.
@@ -40,7 +40,7 @@ class SweepResult:
         return [axis for axis in ("system", "vector", "layer") if axis in self.items]
 
     def by_system(self) -> dict[str, SweepResult]:
-        """The result under each system prompt; empty where none were swept."""
+        """The result under each system (a system prompt, a template); empty where none were swept."""
         if "system" not in self.items:
             return {}
         groups = self.items.groupby("system", sort=False)
@@ -79,10 +79,10 @@ class SweepResult:
     def verdict(self) -> str:
         """In words: whether the effect at the best layer is beyond zero and beyond every control.
 
-        Without controls in the sweep it says so. Where system prompts were swept, one line for each.
+        Without controls in the sweep it says so. Where systems were swept, one line for each.
         """
         if systems := self.by_system():
-            return "\n".join(f"system prompt {name!r}: {result.verdict()}" for name, result in systems.items())
+            return "\n".join(f"system {name!r}: {result.verdict()}" for name, result in systems.items())
         return verdict_on(self.effects(), self.provenance["pairs"], unit="nats")
 
     def plot(

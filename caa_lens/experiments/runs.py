@@ -117,6 +117,7 @@ def run_items(
     about: Mapping[str, Any],
     *,
     label: str,
+    parts: int = 1,
     positions: Positions = "after_instruction",
     operator: Operator = add,
     strength: float = 1.0,
@@ -131,6 +132,8 @@ def run_items(
         items: each one's texts.
         about: what the caller knows of the items, for the provenance.
         label: of the progress bar.
+        parts: of how many equal parts the items consist, one after the other, each with a beginning of its own (a system prompt,
+            worked examples) that is run once.
         positions, operator, strength, batch_size, store, progress: as in `sweep`.
 
     Returns:
@@ -159,26 +162,28 @@ def run_items(
         decode=lambda rows: [np.array(row, dtype=np.float32) for row in rows],
     )
     missing = [number for number in range(len(items)) if number not in done.found]
-    flat = [(number, side, text) for number in missing for side, text in enumerate(items[number])]
     waiting: dict[int, dict[int, np.ndarray]] = {}
     with tqdm(total=len(items), initial=len(done.found), desc=label, unit="item", disable=not progress) as bar:
         distinct, place = _distinct([setting.steering for setting in settings])
-        grid = grid_logprobs(
-            model,
-            [text for _, _, text in flat],
-            distinct,
-            positions=positions,
-            operator=operator,
-            strength=strength,
-            batch_size=batch_size,
-        )
-        for index, logprobs in grid:
-            number, side, _ = flat[index]
-            waiting.setdefault(number, {})[side] = logprobs[place].numpy()
-            if len(waiting[number]) == len(items[number]):
-                sides = waiting.pop(number)
-                done.add(number, [sides[side] for side in range(len(sides))])
-                bar.update()
+        for part in range(parts):
+            mine = [number for number in missing if number * parts // len(items) == part]
+            flat = [(number, side, text) for number in mine for side, text in enumerate(items[number])]
+            grid = grid_logprobs(
+                model,
+                [text for _, _, text in flat],
+                distinct,
+                positions=positions,
+                operator=operator,
+                strength=strength,
+                batch_size=batch_size,
+            )
+            for index, logprobs in grid:
+                number, side, _ = flat[index]
+                waiting.setdefault(number, {})[side] = logprobs[place].numpy()
+                if len(waiting[number]) == len(items[number]):
+                    sides = waiting.pop(number)
+                    done.add(number, [sides[side] for side in range(len(sides))])
+                    bar.update()
     return [done.found[number] for number in range(len(items))], made
 
 

@@ -1,27 +1,34 @@
 """Scores over layers, multipliers, items and vectors in one table, beside their controls, resumable item by item.
 
-score[system prompt, vector, layer, multiplier, item]: what `runs` runs and `scoring` makes of it; `result` says what it shows
+score[system, vector, layer, multiplier, item]: what `runs` runs and `scoring` makes of it; `result` says what it shows
+
+A system is a way to prompt: a system prompt, or a whole template (worked examples), put around every item.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from caa_lens.errors import InputError
+from caa_lens.experiments.grid import Text
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.runs import UNSTEERED, Setting, run_items, settings_for
 from caa_lens.experiments.scoring import Metric, MetricName, metric_for
 from caa_lens.hooks import template_for
 from caa_lens.models import Model, describe, tokenizer_of
-from caa_lens.pairs import PairSet
+from caa_lens.pairs import PairSet, prompt_digest
 from caa_lens.prompts import Template
 from caa_lens.vector import SteeringVector
 from caa_lens.vector_set import VectorSet
+
+System = str | Template | None
+"""A way to prompt: a system prompt (None for none given), or a whole template."""
 
 
 def score(
@@ -76,8 +83,9 @@ def sweep(
         controls: also run norm-matched controls: a number of random directions (True: 3) and the label-shuffled, letter and
             letter-balanced vectors that the vectors carry from `extract`.
         others: further vectors to run beside, at the same norm: another behaviour's, by name.
-        systems: system prompts by name, each to run everything with, in place of the template's own; None stands for none
-            given. `pairs.system_prompts` holds those of a built-in behaviour. The table gets a column `system`.
+        systems: ways to prompt, by name, each to run everything with: a system prompt in place of the template's own (None stands
+            for none given), or a whole `Template`, such as one with worked examples. `pairs.system_prompts` holds the system
+            prompts of a built-in behaviour, `prompting` all baselines of a set. The table gets a column `system`.
         positions, operator, template: as in `steer`.
         batch_size: items run together; changes the speed only.
         seed: of the random controls and the bootstrap.
@@ -87,7 +95,7 @@ def sweep(
 
     Raises:
         InputError: an empty grid, an item that the metric cannot score, a prompt used in training, vectors that do
-            not fit, a system prompt that the template cannot write, a `steer` context that is still open; all before the
+            not fit, a system prompt or turn that a template does not write, a `steer` context that is still open; all before the
             model runs.
         MissingError: a layer that the vectors do not have.
 
@@ -114,49 +122,74 @@ def _run(
     pairs: PairSet,
     metric: Metric,
     *,
-    systems: Mapping[str, str | None] | None = None,
+    systems: Mapping[str, System] | None = None,
     template: Template | None = None,
     seed: int = 0,
     **options: Any,
 ) -> SweepResult:
-    info, tokenizer, chosen = describe(model), tokenizer_of(model), template_for(model, template)
-    written = {None: chosen} if systems is None else _under_systems(tokenizer, chosen, systems)
-    items = [[metric.texts(tokenizer, template, pair) for template in written.values()] for pair in pairs]
-    for pair, by_system in zip(pairs, items, strict=True):
-        info.require_room(pair.where, max(text.targets[-1][0] for texts in by_system for text in texts))
+    written, items = write_items(model, pairs, metric, systems=systems, template=template)
     about = {
         "metric": metric.name,
         "pairs": pairs.name,
         "pairs_hash": pairs.hash,
-        "template": repr(chosen),
-        "systems": None if systems is None else dict(systems),
+        "template": repr(template_for(model, template)),
+        "systems": None if systems is None else {str(name): repr(way) for name, way in written.items()},
         "seed": seed,
     }
-    flat = [[text for texts in by_system for text in texts] for by_system in items]
-    found, made = run_items(model, settings, flat, about, label=f"score {pairs.name}", **options)
+    label = f"score {pairs.name}"
+    found, made = run_items(model, settings, items, about, label=label, parts=len(written), **options)
     return SweepResult(_item_table(pairs, settings, metric, list(written), found), metric, made, seed)
 
 
-def _under_systems(tokenizer: Any, template: Template, systems: Mapping[str, str | None]) -> dict[str | None, Template]:
-    """The template with each system prompt in place of its own.
+def write_items(
+    model: Model,
+    pairs: PairSet,
+    metric: Metric,
+    *,
+    systems: Mapping[str, System] | None = None,
+    template: Template | None = None,
+) -> tuple[dict[str | None, Template], list[list[Text]]]:
+    """The templates by system (None where none are swept), and the texts of every item, one system after the other.
 
     Raises:
-        InputError: no system prompt, an empty one, or a template that leaves it out of the text.
+        InputError: a system that a template does not write, an item that the metric cannot score, that is a worked example, or that
+            the context cannot hold.
+    """
+    info, tokenizer, chosen = describe(model), tokenizer_of(model), template_for(model, template)
+    written: dict[str | None, Template] = {None: chosen}
+    if systems is not None:
+        written = under_systems(tokenizer, chosen, systems)
+    for way in written.values():
+        pairs.require_disjoint(prompt_digest(example) for example, _ in way.turns)
+    items = []
+    for way, pair in product(written.values(), pairs):
+        items.append(metric.texts(tokenizer, way, pair))
+        info.require_room(pair.where, max(text.targets[-1][0] for text in items[-1]))
+    return written, items
+
+
+def under_systems(tokenizer: Any, template: Template, systems: Mapping[str, System]) -> dict[str | None, Template]:
+    """The templates given, and for system prompts the template with each in place of its own.
+
+    Raises:
+        InputError: no system, an empty system prompt, or a template that leaves a system prompt or a turn out of the text.
     """
     if not systems:
         raise InputError("systems={} is an empty grid; leave it out, or give {'none': None, 'positive': '...'}.")
     written: dict[str | None, Template] = {}
-    for name, prompt in systems.items():
-        written[name] = replace(template, system_prompt=prompt)
-        if prompt is None:
-            continue
-        if not prompt.strip():
+    for name, given in systems.items():
+        way = given if isinstance(given, Template) else replace(template, system_prompt=given)
+        written[name] = way
+        if way.system_prompt is not None and not way.system_prompt.strip():
             raise InputError(f"the system prompt {name!r} is empty; None stands for no system prompt.")
-        if prompt.strip() not in written[name].encode(tokenizer, "?").text:
-            raise InputError(
-                f"{type(template).__name__} does not write the system prompt {name!r} into the text: this tokenizer's chat "
-                "template knows none. Leave systems= out, or use another template=."
-            )
+        text = way.render(tokenizer, way.messages("?"))
+        said = [("system prompt", way.system_prompt or ""), *(("turn", part) for turn in way.turns for part in turn)]
+        for kind, part in said:
+            if part.strip() not in text:
+                raise InputError(
+                    f"{type(way).__name__} does not write the {kind} {part[:40]!r} of {name!r} into the text: this tokenizer's "
+                    "chat template knows none. Leave it out, or use another template."
+                )
     return written
 
 
@@ -168,18 +201,16 @@ def _item_table(
     found: Sequence[Sequence[np.ndarray]],
 ) -> pd.DataFrame:
     frames = []
-    for number, (pair, logprobs) in enumerate(zip(pairs, found, strict=True)):
-        n_texts = len(logprobs) // len(systems)
-        for k, system in enumerate(systems):
-            axes = {
-                "item": number,
-                "key": pair.key,
-                "system": system,
-                "vector": [setting.vector for setting in settings],
-                "layer": [setting.layer for setting in settings],
-                "multiplier": [setting.multiplier for setting in settings],
-            }
-            if system is None:
-                del axes["system"]
-            frames.append(pd.DataFrame({**axes, **metric.values(pair, logprobs[k * n_texts : (k + 1) * n_texts])}))
+    for (system, (number, pair)), logprobs in zip(product(systems, enumerate(pairs)), found, strict=True):
+        axes = {
+            "item": number,
+            "key": pair.key,
+            "system": system,
+            "vector": [setting.vector for setting in settings],
+            "layer": [setting.layer for setting in settings],
+            "multiplier": [setting.multiplier for setting in settings],
+        }
+        if system is None:
+            del axes["system"]
+        frames.append(pd.DataFrame({**axes, **metric.values(pair, logprobs)}))
     return pd.concat(frames, ignore_index=True)
