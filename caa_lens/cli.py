@@ -143,6 +143,34 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--shift", type=int, default=0, help="added to a GGUF's layers; -1 for llama.cpp's generator")
     convert.add_argument("--behaviour", help="name of the vectors, if the file does not say")
     convert.add_argument("--feature", type=int, help="feature of an SAE")
+    reproduce = command(
+        "reproduce",
+        commands.reproduce,
+        "Examine the paper's claims on a model and write one report; run it again to go on where it was stopped.",
+        "caa-lens reproduce --behaviours formality sentiment --claims 1 2 3 --out study",
+    )
+    reproduce.set_defaults(model=None)
+    reproduce.add_argument("--out", type=Path, required=True, help="folder of the study")
+    reproduce.add_argument("--study", help="a preset or a YAML file (default: the preset of the model, if it has one)")
+    reproduce.add_argument("--behaviours", nargs="+", help="built-in behaviours, or all (default: the study's)")
+    reproduce.add_argument("--claims", type=int, nargs="+", help="numbers of the claims (default: the study's)")
+    reproduce.add_argument("--data", help="the authors' datasets folder, in place of the built-in pairs")
+    reproduce.add_argument("--published", help="the authors' results folder, shown beside")
+    reproduce.add_argument("--judge", help="local, local:MODEL or openai:MODEL (default: the study's)")
+    reproduce.add_argument("--layer", type=int, help="layer to steer at (default: chosen by the layer sweep)")
+    reproduce.add_argument("--base", help="another model of equal width whose vectors are compared")
+    reproduce.add_argument("--finetune", nargs="+", help="behaviours to fine-tune on (default: the study's)")
+    reproduce.add_argument("--estimate", action="store_true", help="say what it would take, and stop")
+
+    report = command(
+        "report",
+        commands.report,
+        "Write a study's report again, or the tables of the authors' published results; no model is run.",
+        "caa-lens report --published CAA/results --out published",
+        loads=False,
+    )
+    report.add_argument("--out", type=Path, required=True, help="folder of the study, or of the tables")
+    report.add_argument("--published", type=Path, help="the authors' results folder: write its tables, without a study")
 
     for name, run, text in (
         ("score", commands.score, "Score held-out pairs under one vector, beside its controls."),

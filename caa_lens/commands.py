@@ -7,12 +7,15 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import caa_lens as caa
+from caa_lens.experiments.report import estimate, memory, study_of, write_page, write_published
+from caa_lens.experiments.report import reproduce as run_study
 from caa_lens.token_text import number
 
 console = Console(highlight=False)
@@ -163,6 +166,42 @@ def demo(arguments: Any) -> None:
         f"  caa-lens sweep --pairs {pairs.name} --vectors {path}\n"
         "  caa-lens demo --pairs sentiment"
     )
+
+
+def reproduce(arguments: Any) -> None:
+    changed = {name: getattr(arguments, name) for name in STUDY_OPTIONS}
+    study = study_of(arguments.study, arguments.model, **changed)
+    arguments.model, arguments.dtype = study.model, study.dtype
+    arguments.kind, arguments.device = study.kind, study.device
+    model = _load(arguments)
+    console.print(_estimate_table(estimate(study, arguments.out, model), memory(model)))
+    if not arguments.estimate:
+        page = run_study(study, arguments.out, model=model, say=console.print)
+        console.print(f"-> {page}")
+
+
+STUDY_OPTIONS = (
+    "behaviours", "claims", "kind", "dtype", "device", "data", "published", "judge", "layer", "base", "finetune"
+)  # fmt: skip
+
+
+def report(arguments: Any) -> None:
+    if arguments.published:
+        for file in write_published(arguments.published, arguments.out):
+            console.print(f"-> {file}")
+    else:
+        console.print(f"-> {write_page(arguments.out)}")
+
+
+def _estimate_table(costs: pd.DataFrame, peak: float) -> Table:
+    table = Table(
+        title=f"estimate: {costs['minutes'].sum():.0f} minutes, {peak / 2**30:.1f} GiB of memory; a rough figure"
+    )
+    for heading in ("claim", "tokens (thousands)", "minutes"):
+        table.add_column(heading, justify="right")
+    for row in costs.itertuples():
+        table.add_row(str(row.claim), f"{row.thousand_tokens:.0f}", f"{row.minutes:.1f}")
+    return table
 
 
 DEMO_ITEMS, DEMO_PROMPTS, DEMO_TOKENS = 12, 3, 28

@@ -30,9 +30,15 @@ HUB = "hub:"
 
 
 def behaviours() -> tuple[str, ...]:
-    """Names of the built-in pair sets, for `load_pairs`."""
+    """Names of the built-in behaviours, for `load_pairs`."""
+    return tuple(name for name in _built_in() if not name.startswith("questions/"))
+
+
+def _built_in() -> tuple[str, ...]:
+    """Names of all pair sets that come with the package: behaviours, and questions for `capability`."""
     root = resources.files("caa_lens") / "behaviours"
-    names = [entry.name for entry in root.iterdir()] + [f"ab/{entry.name}" for entry in (root / "ab").iterdir()]
+    folders = [("", root), *((f"{name}/", root / name) for name in ("ab", "questions"))]
+    names = [prefix + entry.name for prefix, folder in folders for entry in folder.iterdir()]
     return tuple(sorted(name.removesuffix(".jsonl") for name in names if name.endswith(".jsonl")))
 
 
@@ -44,8 +50,8 @@ def load_pairs(
     """Loads contrast pairs from a built-in behaviour, a file, or a list.
 
     Args:
-        source: the name of a built-in behaviour (`behaviours()` lists them); the path of a `.json` or `.jsonl` file in
-            one of the formats in the module's docstring; such a file of a data set on the Hugging Face hub, as
+        source: the name of a built-in behaviour (`behaviours()` lists them), or `"questions/general-knowledge"`; the path of a
+            `.json` or `.jsonl` file in one of the formats in the module's docstring; such a file of a data set on the hub, as
             `"hub:Anthropic/model-written-evals/persona/agreeableness.jsonl"` (`OWNER/NAME@REVISION/...` pins a version);
             `"hub:cais/mmlu"` or `"hub:truthfulqa/truthful_qa"`, made into two-choice questions for `capability`; or a list
             of `(prompt, positive, negative)` tuples, of mappings with those keys, or of `ContrastPair`s.
@@ -61,7 +67,7 @@ def load_pairs(
     """
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
-        if text in behaviours():
+        if text in _built_in():
             return _load_builtin(text)
         if text.startswith(HUB):
             where = text.removeprefix(HUB)
@@ -72,7 +78,7 @@ def load_pairs(
         if not path.is_file():
             raise MissingError(
                 f"no pairs called {str(source)!r}: it is neither a file nor a built-in behaviour "
-                f"({', '.join(behaviours())}); check the path."
+                f"({', '.join(_built_in())}); check the path."
             )
         stem = path.parent.name if path.stem in ("generate_dataset", "test_dataset_ab") else path.stem
         return _pair_set(_read_records(path), name or stem, {})

@@ -111,7 +111,7 @@ def test_scarce_letters_last_as_long_as_they_do(roomy):
 
 def test_as_many_examples_as_the_context_holds(model, roomy, held_out):
     wordy = caa.load_pairs(
-        [(f"Say {word} {'and again ' * 6}.", "Yes.", "No.") for word in "one two three four five".split()]
+        [(f"Say {word} {'and again ' * 6}.", "Yes.", "No.") for word in ["one", "two", "three", "four", "five"]]
     )
     shots = caa.few_shot(model, wordy, side="positive", longest=held_out)
     k, context = len(shots.turns), model.cfg.n_ctx

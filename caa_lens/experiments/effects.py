@@ -11,12 +11,19 @@ Source for slopes and anti-steerability: Tan et al., "Analyzing the generalizati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
 from caa_lens.errors import InputError
 from caa_lens.experiments.statistics import bootstrap_mean, slopes
+
+
+class Finding(NamedTuple):
+    """What a measurement shows: one of a few words, and the sentence that gives the numbers."""
+
+    status: Literal["beyond controls", "no controls", "not shown", "null", "opposite"]
+    words: str
 
 
 def effect_table(
@@ -72,8 +79,8 @@ def best_of(effects: pd.DataFrame) -> dict[str, Any]:
     return dict(own.loc[own["effect"].idxmax()])
 
 
-def verdict_on(effects: pd.DataFrame, subject: str, *, unit: str) -> str:
-    """In words: whether the effect at the best layer is beyond zero and beyond every control.
+def finding_on(effects: pd.DataFrame, subject: str, *, unit: str) -> Finding:
+    """Whether the effect at the best layer is beyond zero and beyond every control, as a word and in words.
 
     Args:
         effects: of `effect_table`.
@@ -89,15 +96,19 @@ def verdict_on(effects: pd.DataFrame, subject: str, *, unit: str) -> str:
         f"[{best['effect_low']:+.3f}, {best['effect_high']:+.3f}], n = {best['n']}"
     )
     if best["effect_high"] < 0:
-        return f"{what}. OPPOSITE: the interval lies below zero, and no layer does better."
+        return Finding("opposite", f"{what}. OPPOSITE: the interval lies below zero, and no layer does better.")
     if best["effect_low"] <= 0:
-        return f"{what}. NULL: the interval includes zero."
+        return Finding("null", f"{what}. NULL: the interval includes zero.")
     if others.empty:
-        return f"{what}. The interval excludes zero; no controls were run (controls=True)."
+        return Finding("no controls", f"{what}. The interval excludes zero; no controls were run (controls=True).")
     largest = others.loc[others["effect"].abs().idxmax()]
     if best["effect_low"] <= abs(float(largest["effect"])):
-        return (
+        return Finding(
+            "not shown",
             f"{what}. NOT SHOWN: the control {largest['vector']!r} of the same norm has an effect of "
-            f"{largest['effect']:+.3f}, which the interval does not exceed."
+            f"{largest['effect']:+.3f}, which the interval does not exceed.",
         )
-    return f"{what}. Beyond every control of the same norm; the largest is {largest['vector']!r} at {largest['effect']:+.3f}."
+    return Finding(
+        "beyond controls",
+        f"{what}. Beyond every control of the same norm; the largest is {largest['vector']!r} at {largest['effect']:+.3f}.",
+    )

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from caa_lens.errors import InputError
-from caa_lens.experiments.effects import best_of, effect_table, verdict_on
+from caa_lens.experiments.effects import Finding, best_of, effect_table, finding_on
 from caa_lens.experiments.rubric import Rubric
 from caa_lens.experiments.statistics import bootstrap_mean, interval_alpha
 from caa_lens.experiments.store import save_table
@@ -104,12 +104,21 @@ class JudgeResult:
         large."""
         return best_of(self.effects())
 
+    def finding(self) -> Finding:
+        """Whether the effect at the best layer is beyond zero and beyond every control, as a word and in words.
+
+        Raises:
+            InputError: several systems were run, each of which has its own finding (`by_system`).
+        """
+        if "system" in self.items:
+            raise InputError("each system has its own finding; use by_system()[name].finding() or verdict().")
+        return finding_on(self.effects(), f"{self.rubric.title}, judged by {self.judge}", unit="points")
+
     def verdict(self) -> str:
-        """In words: whether the effect at the best layer is beyond zero and beyond every control, and what was not scored. Under
-        several systems, a line for each."""
+        """The finding in words, and what was not scored. Under several systems, a line for each."""
         if systems := self.by_system():
             return "\n".join(f"system {name!r}: {result.verdict()}" for name, result in systems.items())
-        said = verdict_on(self.effects(), f"{self.rubric.title}, judged by {self.judge}", unit="points")
+        said = self.finding().words
         counts = {status: int((self.items["status"] == status).sum()) for status in UNSCORED}
         unscored = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         return f"{said} Of {len(self.items)} judgements {unscored}." if unscored else said

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from caa_lens.experiments.effects import best_of, effect_table, verdict_on
+from caa_lens.experiments.effects import Finding, best_of, effect_table, finding_on
 from caa_lens.experiments.scoring import Metric
 from caa_lens.experiments.statistics import bootstrap_mean
 from caa_lens.experiments.store import save_table
@@ -76,14 +76,21 @@ class SweepResult:
         """
         return best_of(self.effects())
 
-    def verdict(self) -> str:
-        """In words: whether the effect at the best layer is beyond zero and beyond every control.
+    def finding(self) -> Finding:
+        """Whether the effect at the best layer is beyond zero and beyond every control, as a word and in words.
 
-        Without controls in the sweep it says so. Where systems were swept, one line for each.
+        Raises:
+            InputError: several systems were swept, each of which has its own finding (`by_system`).
         """
+        if "system" in self.items:
+            raise InputError("each system has its own finding; use by_system()[name].finding() or verdict().")
+        return finding_on(self.effects(), self.provenance["pairs"], unit="nats")
+
+    def verdict(self) -> str:
+        """The finding in words. Without controls in the sweep it says so. Where systems were swept, one line for each."""
         if systems := self.by_system():
             return "\n".join(f"system {name!r}: {result.verdict()}" for name, result in systems.items())
-        return verdict_on(self.effects(), self.provenance["pairs"], unit="nats")
+        return self.finding().words
 
     def plot(
         self, by: Literal["layer", "multiplier"] | None = None, *, layer: int | None = None, ax: Axes | None = None

@@ -59,7 +59,7 @@ class Checkpoint:
         setattr(self.model.config, BASE_KEY, self.base)
         if target.is_dir():
             shutil.rmtree(target)
-        with atomic_path(target) as temporary, _quiet():
+        with atomic_path(target) as temporary, quiet():
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
 

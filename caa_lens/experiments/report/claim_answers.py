@@ -1,0 +1,102 @@
+"""Claim 3: what the model writes under steering, as a judge sees it."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from caa_lens.choices import as_free_text
+from caa_lens.experiments.answer_set import AnswerSet, known_answers
+from caa_lens.experiments.answers import answers
+from caa_lens.experiments.judge import judge, judge_from
+from caa_lens.experiments.judged import JudgeResult
+from caa_lens.experiments.judges.base import Judge
+from caa_lens.experiments.judges.local import LocalJudge
+from caa_lens.experiments.report.lab import Lab
+from caa_lens.experiments.report.section import OF_FINDING, Section
+
+SHOWN = 3
+"""Questions whose answers are shown."""
+
+
+def judged_answers(lab: Lab, behaviour: str) -> Section:
+    """Answers to open questions by multiplier, beside a random and a shuffled vector of the same norm, and their judged scores."""
+    study = lab.study
+    v = lab.vector(behaviour)
+    found = answers(
+        lab.model,
+        v,
+        lab.open_questions(behaviour),
+        multipliers=(-1.0, 0.0, 1.0),
+        controls=1,
+        max_new_tokens=study.max_new_tokens,
+        batch_size=study.batch_size,
+        seed=study.seed,
+        store=lab.work("answers", behaviour),
+        progress=lab.progress,
+    )
+    result = judge(
+        found,
+        lab.pairs(behaviour).train,
+        _judge(lab),
+        seed=study.seed,
+        store=lab.work("judged", behaviour),
+        progress=lab.progress,
+    )
+    known = lab.pairs(behaviour).report
+    able = judge(
+        known_answers(as_free_text(known) if behaviour.startswith("ab/") else known),
+        lab.pairs(behaviour).train,
+        _judge(lab),
+        seed=study.seed,
+        store=lab.work("judged", behaviour),
+        progress=lab.progress,
+    )
+    finding, tells = result.finding(), able.finding()
+    # A judge that cannot tell the known sides apart says nothing of other texts.
+    status = OF_FINDING[finding.status] if tells.status == "no controls" else "not shown"
+    tables = {"judged_scores": result.to_pandas(), "judged_items": result.items, "answers": _shown(found)}
+    return Section(
+        status,
+        f"{finding.words}\n{_reliance(able)}\n{_fluency(found)}",
+        tables,
+        {"judged_scores": result.plot()},
+        notes=(
+            f"Judge: {result.judge}; it sees question and answer only.",
+            "The claim is shown only where the judge also tells the two sides of held-out pairs apart.",
+        ),
+    )
+
+
+def _shown(found: AnswerSet) -> pd.DataFrame:
+    """The first questions, one column a multiplier."""
+    items = found.items
+    own = items[(items["vector"] == "vector") & (items["item"] < SHOWN)]
+    table = own.pivot(index="prompt", columns="multiplier", values="answer").reset_index()
+    table.columns = [name if isinstance(name, str) else f"{name:+g}" for name in table.columns]
+    return table
+
+
+def _judge(lab: Lab) -> Judge:
+    """The study's judge; `local` is the study's own model, unsteered."""
+    if lab.study.judge == "local":
+        return LocalJudge(lab.model, batch_size=lab.study.batch_size)
+    if "judge" not in lab.made:
+        lab.made["judge"] = judge_from(lab.study.judge)
+    return lab.made["judge"]
+
+
+def _reliance(able: JudgeResult) -> str:
+    """Whether the judge scores the positive sides of held-out pairs higher than the negative ones."""
+    best = able.best()
+    apart = "tells them apart" if best["effect_low"] > 0 else "does not tell them apart"
+    return (
+        f"On {best['n']} held-out pairs' own completions, positive minus negative, the judge gives "
+        f"{2 * best['effect']:+.2f} points [{2 * best['effect_low']:+.2f}, {2 * best['effect_high']:+.2f}]: it {apart}."
+    )
+
+
+def _fluency(found: AnswerSet) -> str:
+    own = found.items[found.items["vector"] == "vector"]
+    means = own.groupby("multiplier")["repeated"].mean()
+    said = ", ".join(f"{m:+g}: {share:.0%}" for m, share in means.items())
+    return f"Share of repeated three-token sequences, by multiplier: {said}."

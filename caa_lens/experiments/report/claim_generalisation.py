@@ -1,0 +1,53 @@
+"""Claim 10: vectors on other forms of their behaviour, and on other behaviours."""
+
+from __future__ import annotations
+
+from caa_lens.choices import as_free_text, restyle
+from caa_lens.errors import InputError
+from caa_lens.experiments.generalisation import transfer
+from caa_lens.experiments.report.lab import Lab
+from caa_lens.experiments.report.section import Section, Status
+from caa_lens.pairs import PairSet
+
+
+def generalises(lab: Lab) -> Section:
+    """Every behaviour's vector on every behaviour's pairs, and on its own pairs written otherwise."""
+    study = lab.study
+    vectors = dict(lab.several(2, "generalisation"))
+    tests = {name: lab.pairs(name).report for name in vectors}
+    for name, pairs in list(tests.items()):
+        tests |= _other_forms(name, pairs)
+    first = next(iter(vectors))
+    result = transfer(
+        lab.model,
+        vectors,
+        tests,
+        layer=lab.layer(first),
+        controls=1,
+        batch_size=study.batch_size,
+        seed=study.seed,
+        store=lab.work("generalisation"),
+        progress=lab.progress,
+    )
+    table = result.to_pandas()
+    forms = table[[test.startswith(f"{source}, ") for source, test in zip(table["source"], table["test"], strict=True)]]
+    shown = forms["beyond"] & (forms["effect"] > 0)
+    status: Status = "described" if forms.empty else "holds" if shown.all() else "mixed" if shown.any() else "null"
+    notes = (
+        f"All at layer {lab.layer(first)}, chosen on {first}. The status is of each vector on other forms of its own behaviour.",
+    )
+    return Section(status, result.verdict(), {"transfer": table}, {"transfer": result.plot()}, notes=notes)
+
+
+def _other_forms(name: str, pairs: PairSet) -> dict[str, PairSet]:
+    """Lettered pairs with numbers for letters, with the options in the other order, and as free text."""
+    if not name.startswith("ab/"):
+        return {}
+    try:
+        return {
+            f"{name}, numbered": restyle(pairs, letters="1"),
+            f"{name}, swapped": restyle(pairs, order="swapped"),
+            f"{name}, free text": as_free_text(pairs),
+        }
+    except InputError:  # questions whose options cannot be told apart
+        return {}

@@ -1,0 +1,102 @@
+"""Claim 6: how the activations and the vectors lie, and whether a vector works at other layers than its own."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from caa_lens.experiments.report.lab import Lab
+from caa_lens.experiments.report.section import NotRun, Section, Status
+from caa_lens.extraction import extract
+from caa_lens.geometry import norms, pca, similarity
+from caa_lens.models import load_model
+from caa_lens.separation import separability
+
+
+def geometry(lab: Lab, behaviour: str) -> Section:
+    """PCA, separability, cosines between layers, norms; and the chosen layer's vector used at other layers."""
+    vectors, layer = lab.vectors(behaviour), lab.layer(behaviour)
+    train = lab.activations(behaviour, "train")
+    apart = separability(train, lab.held_out_activations(behaviour), seed=lab.study.seed)
+    components = pca(train, layers=[layer])
+    alike = similarity({behaviour: vectors})
+    lengths = norms({behaviour: vectors})
+    moved = _transfer(lab, behaviour)
+    table = apart.to_pandas()
+    at = table[table["layer"] == layer].iloc[0]
+    ratio = vectors[layer].relative_norm or float("nan")
+    near = [c for c in (layer - 1, layer + 1) if c in vectors]
+    cosine = alike.to_pandas().loc[(behaviour, layer)]
+    neighbours = ", ".join(f"{float(cosine[(behaviour, c)]):.2f} to layer {c}" for c in near)
+    own = moved[moved["own"]]["effect_low"].iloc[0] > 0
+    working = moved[~moved["own"] & (moved["effect_low"] > 0)]["layer"].tolist()
+    status: Status = "holds" if own and working else "null"
+    named = f" ({', '.join(map(str, working))})" if working else ""
+    tried = int((~moved["own"]).sum())
+    shown = f"Used at other layers it has an effect above zero at {len(working)} of {tried} layers tried{named}"
+    words = (
+        f"At layer {layer} the mean difference separates held-out sides with AUROC {at['auroc']:.2f} [{at['low']:.2f}, "
+        f"{at['high']:.2f}]; fits to shuffled labels give {at['shuffled_low']:.2f} to {at['shuffled_high']:.2f}.\n"
+        f"The first two components hold {float(components.explained[0, :2].sum()):.0%} of the variance there; the vector is "
+        f"{ratio:.2f} of the residual norm; its cosine is {neighbours}.\n"
+        f"{shown}; at its own layer it {'has' if own else 'has not'}."
+    )
+    return Section(
+        status,
+        words,
+        {"separability": table, "transfer_to_layers": moved, "norms": lengths.to_pandas()},
+        {
+            "pca": components.plot(),
+            "separability": apart.plot(),
+            "similarity_of_layers": alike.plot(),
+            "norms": lengths.plot(),
+        },
+        notes=("The status is of the transfer to other layers; the transferred vector keeps its own length.",),
+    )
+
+
+def _transfer(lab: Lab, behaviour: str) -> pd.DataFrame:
+    """The effect of the chosen layer's vector at every layer swept."""
+    v = lab.vector(behaviour)
+    layers = sorted({*lab.vectors(behaviour).layers[:: lab.study.layer_step], v.layer})
+    result = lab.sweep(
+        "transfer-to-layers", behaviour, v, lab.pairs(behaviour).choose, layers=layers, multipliers=(-1, 1)
+    )
+    return result.effects().assign(own=lambda table: table["layer"] == v.layer)
+
+
+def between_behaviours(lab: Lab) -> Section:
+    """Cosines between behaviours, and between the model's vectors and those of its base model."""
+    sets = dict(lab.several(2, "the comparison of behaviours"))
+    layer = lab.layer(next(iter(sets)))
+    alike = similarity(sets, layers=[layer])
+    table = alike.at_layer(layer)
+    tables = {"cosines": table.reset_index(names="behaviour")}
+    figures = {"cosines": alike.plot()}
+    pairs = [(float(table.loc[a, b]), a, b) for i, a in enumerate(sets) for b in list(sets)[i + 1 :]]
+    largest = max(pairs, key=lambda pair: abs(pair[0]))
+    lines = [
+        f"At layer {layer}, cosines between behaviours lie between {min(pairs)[0]:+.2f} and {max(pairs)[0]:+.2f}; the largest in "
+        f"size is {largest[0]:+.2f}, of {largest[1]} and {largest[2]}."
+    ]
+    if lab.study.base is not None:
+        compared = _with_base(lab)
+        tables["cosines_with_base_model"] = compared
+        lines.append(
+            f"Between {lab.study.model} and {lab.study.base}, cosines at the same layer have a median of "
+            f"{float(compared['cosine'].median()):.2f}."
+        )
+    return Section("described", "\n".join(lines), tables, figures)
+
+
+def _with_base(lab: Lab) -> pd.DataFrame:
+    """Cosine of each behaviour's vector with that of the base model, by layer."""
+    study, rows = lab.study, []
+    assert study.base is not None
+    if study.base == study.model:
+        raise NotRun("base and model are the same")
+    other = load_model(study.base, kind=study.kind, dtype=study.dtype, device=study.device)  # type: ignore[arg-type]
+    for behaviour in study.behaviours:
+        theirs = extract(other, lab.pairs(behaviour).train, progress=lab.progress)
+        both = similarity({"model": lab.vectors(behaviour), "base": theirs}).between("model", "base")
+        rows += [{"behaviour": behaviour, "layer": layer, "cosine": float(both.loc[layer, layer])} for layer in theirs]
+    return pd.DataFrame(rows)

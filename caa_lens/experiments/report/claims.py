@@ -1,0 +1,88 @@
+"""The claims of the paper and of what followed, in the order of the report, and which function examines each.
+
+Source: Rimsky et al., arXiv:2312.06681; the post "Steering Llama-2 with contrastive activation additions" (2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from caa_lens.experiments.report.claim_answers import judged_answers
+from caa_lens.experiments.report.claim_baselines import fine_tuning, prompting_baselines
+from caa_lens.experiments.report.claim_cost import capabilities, zero_cost
+from caa_lens.experiments.report.claim_effects import by_layer, by_multiplier
+from caa_lens.experiments.report.claim_generalisation import generalises
+from caa_lens.experiments.report.claim_geometry import between_behaviours, geometry
+from caa_lens.experiments.report.claim_inside import lens, per_token
+from caa_lens.experiments.report.lab import Lab
+from caa_lens.experiments.report.section import Section
+from caa_lens.experiments.report.study import Study
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+        number, title: as the report shows them.
+        statement: what is claimed.
+        each: examines it for one behaviour.
+        all_together: examines it for all of them.
+        concerns: whether a behaviour of a study is examined.
+    """
+
+    number: int
+    title: str
+    statement: str
+    each: Callable[[Lab, str], Section] | None = None
+    all_together: Callable[[Lab], Section] | None = None
+    concerns: Callable[[Study, str], bool] = lambda study, behaviour: True
+
+
+CLAIMS = (
+    Claim(1, "Effect by layer", "A vector moves the behaviour, most at layers in the middle of the model.", by_layer),
+    Claim(
+        2,
+        "Effect by multiplier",
+        "The effect grows with the multiplier, and adds to that of a positive or negative system prompt.",
+        by_multiplier,
+    ),
+    Claim(
+        3,
+        "Open-ended answers",
+        "The vector changes what the model writes when it is asked an open question, as a judge sees it.",
+        judged_answers,
+        concerns=lambda study, behaviour: study.questions > 0,
+    ),
+    Claim(
+        4,
+        "Beside prompting and fine-tuning",
+        "The vector works on top of few-shot examples, of system prompts and of fine-tuning on the same pairs.",
+        prompting_baselines,
+        fine_tuning,
+    ),
+    Claim(5, "Capability", "What the model knows, and how well it predicts text, is barely touched.", capabilities),
+    Claim(
+        6,
+        "Geometry",
+        "Activations of the two sides separate; vectors of neighbouring layers, and of base and chat models, are alike; a vector "
+        "works at other layers than its own.",
+        geometry,
+        between_behaviours,
+    ),
+    Claim(7, "Per-token projection", "Tokens that show the behaviour lie further along the vector.", per_token),
+    Claim(
+        8,
+        "No cost at inference",
+        "A vector added at all positions is a bias: it can be baked into the weights and then costs nothing.",
+        zero_cost,
+    ),
+    Claim(9, "Logit lens", "Steering changes what intermediate streams predict, from its layer on.", lens),
+    Claim(
+        10,
+        "Generalisation",
+        "A vector works on other forms of its behaviour: free text, other letters, options in the other order.",
+        all_together=generalises,
+    ),
+)

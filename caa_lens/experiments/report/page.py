@@ -1,0 +1,103 @@
+"""The report: one HTML page that needs nothing else, written from the sections that are kept, without a model."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from caa_lens.errors import MissingError
+from caa_lens.experiments.report.claims import CLAIMS
+from caa_lens.experiments.report.published import published_numbers
+from caa_lens.experiments.report.section import Section, read_section
+from caa_lens.files import atomic_path
+
+LONGEST_TABLE = 60
+"""Rows shown of a table; the files hold all of them."""
+MEANINGS = {
+    "holds": "the interval lies beyond zero and beyond every control of the same norm",
+    "not shown": "there is an effect, but a control of the same norm has one as large, or no control was run",
+    "null": "the interval includes zero",
+    "opposite": "the effect goes the other way",
+    "mixed": "it holds in part",
+    "described": "numbers to read; there is no yes or no",
+    "not run": "something was missing; the section says what",
+}
+
+
+def write_page(folder: str | os.PathLike[str]) -> Path:
+    """Writes `report.html` from a study's folder; returns its path.
+
+    Raises:
+        MissingError: the folder holds no study.
+    """
+    folder = Path(folder)
+    if not (folder / "study.json").exists():
+        raise MissingError(f"{folder} holds no study; run `caa-lens reproduce --out {folder}` first.")
+    made = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    study, about = made["study"], folder / "model.json"
+    found = {
+        place.name: read_section(place)
+        for place in sorted((folder / "sections").glob("*"))
+        if (place / "section.json").exists()
+    }
+    names = [name.replace("/", "-") for name in study["behaviours"]]
+    claims = []
+    for claim in CLAIMS:
+        own = {place[3:]: section for place, section in found.items() if place.startswith(f"{claim.number:02d}-")}
+        if own:
+            order = [name for name in (*names, "all") if name in own]
+            claims.append({"claim": claim, "sections": [(name, _shown(own[name])) for name in order], "by_name": own})
+    page = _template().render(
+        study=study,
+        model=json.loads(about.read_text(encoding="utf-8")) if about.exists() else {"model": study["model"]},
+        versions=made["versions"],
+        behaviours=list(zip(study["behaviours"], names, strict=True)),
+        claims=claims,
+        meanings=MEANINGS,
+        published=_published(study),
+    )
+    target = folder / "report.html"
+    with atomic_path(target) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return target
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("caa_lens.experiments.report", "pages"), autoescape=select_autoescape()
+    )
+    environment.trim_blocks = environment.lstrip_blocks = True
+    return environment.get_template("report.html")
+
+
+def _shown(section: Section) -> dict[str, Any]:
+    """A section as the page shows it: figures embedded, tables as HTML."""
+    figures = {}
+    for name, path in section.figures.items():
+        assert isinstance(path, Path)
+        figures[name.replace("_", " ")] = base64.b64encode(path.read_bytes()).decode()
+    return {
+        "status": section.status,
+        "lines": section.words.split("\n"),
+        "figures": figures,
+        "tables": [(name.replace("_", " "), len(table), _table(table)) for name, table in section.tables.items()],
+        "html": section.html,
+        "notes": section.notes,
+    }
+
+
+def _table(table: pd.DataFrame) -> str:
+    return table.head(LONGEST_TABLE).to_html(index=False, border=0, float_format=lambda x: f"{x:.3f}", na_rep="")
+
+
+def _published(study: dict[str, Any]) -> list[tuple[str, str]]:
+    """The authors' numbers as tables, where their results were given."""
+    if study["published"] is None:
+        return []
+    return [(name, _table(table)) for name, table in published_numbers(study["published"]).items()]

@@ -1,0 +1,120 @@
+"""Running a study: every claim for every behaviour, each kept as soon as it is found, and the report written from what is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from caa_lens.errors import InputError
+from caa_lens.experiments.report.claims import CLAIMS, Claim
+from caa_lens.experiments.report.lab import Lab
+from caa_lens.experiments.report.page import write_page
+from caa_lens.experiments.report.section import NotRun, Section, read_section, save_section
+from caa_lens.experiments.report.study import Study
+from caa_lens.files import atomic_path
+from caa_lens.models import Model, describe
+
+VERSIONS = ("caa-lens", "transformer-lens", "transformers", "torch")
+
+
+def reproduce(
+    study: Study,
+    out: str | os.PathLike[str],
+    *,
+    model: Model | None = None,
+    progress: bool = True,
+    say: Callable[[str], object] = print,
+) -> Path:
+    """Runs a study and writes its report; a second call with the same study goes on where the first was stopped.
+
+    Args:
+        study: what to run; see `load_study`.
+        out: the study's folder: `report.html`, `sections/` (tables as parquet, CSV and LaTeX; figures as PNG and SVG), `vectors/`,
+            and `work/`, which can be deleted when the study is finished.
+        model: a model that is already loaded, in place of `study.model`.
+        progress: show progress bars.
+        say: called with a line when a section begins, and at the end.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        InputError: the folder holds another study.
+    """
+    folder = Path(out)
+    _sign(folder, study)
+    lab = Lab(study, folder, model=model, progress=progress)
+    for claim, behaviour, place in plan(study, folder):
+        if is_done(place):
+            continue
+        say(f"claim {claim.number}, {claim.title}: {behaviour or 'all behaviours'}")
+        started = time.perf_counter()
+        section = _examine(lab, claim, behaviour)
+        if place.exists():  # it could not be run before
+            shutil.rmtree(place)
+        save_section(place, section)
+        with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"section": place.name, "seconds": round(time.perf_counter() - started, 1)}) + "\n")
+    info = describe(lab.model)
+    about = {"model": info.name, "revision": info.revision, "layers": info.n_layers, "d_model": info.d_model}
+    with atomic_path(folder / "model.json") as temporary:
+        temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    return write_page(folder)
+
+
+def plan(study: Study, folder: Path) -> list[tuple[Claim, str | None, Path]]:
+    """The sections of a study in the order in which they are run: claim, behaviour (None for all together), folder."""
+    found: list[tuple[Claim, str | None, Path]] = []
+    for claim in CLAIMS:
+        if claim.number in study.claims:
+            names = [name for name in study.behaviours if claim.concerns(study, name)] if claim.each else []
+            found += [(claim, name, section_folder(folder, claim, name)) for name in names]
+            if claim.all_together:
+                found.append((claim, None, section_folder(folder, claim, None)))
+    return found
+
+
+def section_folder(folder: Path, claim: Claim, behaviour: str | None) -> Path:
+    """Where a section is kept."""
+    return folder / "sections" / f"{claim.number:02d}-{(behaviour or 'all').replace('/', '-')}"
+
+
+def is_done(place: Path) -> bool:
+    """Whether a section was run; one for which something was missing is tried again."""
+    return (place / "section.json").exists() and read_section(place).status != "not run"
+
+
+def _examine(lab: Lab, claim: Claim, behaviour: str | None) -> Section:
+    try:
+        if behaviour is None:
+            assert claim.all_together is not None
+            return claim.all_together(lab)
+        assert claim.each is not None
+        return claim.each(lab, behaviour)
+    except (NotRun, InputError) as error:
+        # What one section lacks (an extra that is not installed, a model that cannot be baked) must not stop the others.
+        return Section("not run", f"Not run: {error}")
+
+
+def _sign(folder: Path, study: Study) -> None:
+    """Marks the folder as the study's.
+
+    Raises:
+        InputError: it is another's.
+    """
+    file = folder / "study.json"
+    if file.exists() and json.loads(file.read_text(encoding="utf-8"))["signature"] != study.signature:
+        raise InputError(f"{folder} holds another study; give another folder, or delete this one.")
+    about = {
+        "signature": study.signature,
+        "study": asdict(study),
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+    with atomic_path(file) as temporary:
+        temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
