@@ -42,6 +42,7 @@ from caa_lens.templates import default_template
 
 Method = Literal["lora", "full"]
 LEARNING_RATES: dict[str, float] = {"lora": 2e-4, "full": 2e-5}
+_PACKAGES = {"lora": ("caa-lens", "transformers", "torch", "peft"), "full": ("caa-lens", "transformers", "torch")}
 CHOICES = {"side": ("positive", "negative"), "method": ("lora", "full"), "loss": ("answer", "completion")}
 
 
@@ -132,6 +133,10 @@ def finetune(
     run = _Run(Path(folder), _asked(model, sets, settings, template))
     if run.finished:
         return FinetuneResult.load(run.folder)
+    if method == "lora" and importlib.util.find_spec("peft") is None:
+        raise InputError(
+            "method='lora' needs the peft package: pip install 'caa-lens[finetune]'; method='full' does without."
+        )
     weights = torch.float32 if method == "full" else as_dtype(dtype)
     checkpoint = load_checkpoint(model, dtype=weights, device=as_device(device))
     chosen = template or default_template(checkpoint.base, checkpoint.tokenizer)
@@ -178,7 +183,7 @@ def finetune(
                 "held_out_hash": None if held_out is None else held_out.hash,
                 "template": repr(chosen),
                 "device": str(checkpoint.model.device),
-                "versions": {each: version(each) for each in ("caa-lens", "transformers", "torch")},
+                "versions": {each: version(each) for each in _PACKAGES[method]},
             },
         }
     )
@@ -210,10 +215,6 @@ class Settings:
                 raise InputError(f"{name}={value} must be at least 1.")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate={self.learning_rate} must be above 0.")
-        if self.method == "lora" and importlib.util.find_spec("peft") is None:
-            raise InputError(
-                "method='lora' needs the peft package: pip install 'caa-lens[finetune]'; method='full' does without."
-            )
 
 
 def _asked(

@@ -90,7 +90,7 @@ class Meter:
         rows = []
         for name, pairs in self.sets.items():
             flat = [text for texts in self.texts[name] for text in texts]
-            found = self._logprobs(model, flat, f"measure {name} pairs {when}")
+            found = self._logprobs(model, flat, f"measure {name.replace('_', '-')} pairs {when}")
             for number, (pair, texts) in enumerate(zip(pairs, self.texts[name], strict=True)):
                 values = self.metric.values(pair, [next(found) for _ in texts])
                 scores = {column: float(value[0]) for column, value in values.items()}
