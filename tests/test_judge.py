@@ -1,5 +1,6 @@
 """Judges: right scores and counts whatever the endpoint does, nothing asked twice, blind, in random order, honest in words."""
 
+import _thread
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -256,6 +257,23 @@ def test_a_dying_endpoint_loses_nothing_and_nothing_is_asked_twice(serve, tmp_pa
     again = judge(answers, RUBRIC, asked, store=tmp_path, seed=5, progress=False)  # needs no endpoint any more
     assert again.items["score"].tolist() == levels(answers)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_interrupt_keeps_what_is_under_way(serve, tmp_path):
+    def reply(text, attempt):
+        if len(server.requests) == 5:
+            _thread.interrupt_main()
+        return replace(stated(text), after=0.05)
+
+    server, answers = serve(reply), said(8)
+    with pytest.raises(KeyboardInterrupt):
+        judge(answers, RUBRIC, asking(server, concurrency=3), store=tmp_path, progress=False)
+    asked = len(server.requests)
+    assert 5 <= asked < 12
+    assert len(list(tmp_path.iterdir())) == asked
+    result = judge(answers, RUBRIC, asking(server, concurrency=3), store=tmp_path, progress=False)
+    assert result.items["score"].tolist() == levels(answers)
+    assert len(server.requests) == len(answers)
 
 
 def test_an_endpoint_that_is_not_there(serve):
