@@ -519,6 +519,7 @@ def test_push_and_pull(hub, tmp_path):
     again = caa.load_vectors("hub:me/tone@v1")
     assert hub[-1] == ("me/tone", "vectors.safetensors", "model", "v1")
     assert same(again, vectors)
+    assert 'caa.load_vectors("hub:me/tone")' in (tmp_path / "README.md").read_text()
     assert same(again.controls["shuffled-0"], vectors.controls["shuffled-0"])
     vectors.save("hub:me/tone")
     assert hub[-2] == ("me/tone", False, True)

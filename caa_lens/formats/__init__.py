@@ -120,6 +120,8 @@ def load_vectors(
 def save_vectors(vectors: VectorSet, path: str | os.PathLike[str], *, format: str | None = None) -> None:
     """Writes a set, whole or not at all; a warning names what the format has no room for.
 
+    Other programs steer at all layers of a file at once: for one layer save a set of one, `VectorSet([vectors[14]])`.
+
     Args:
         vectors: what to write.
         path: a file, a folder for `"caa"` and `"hub"`, or `"hub:OWNER/NAME"` to upload.

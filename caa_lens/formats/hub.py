@@ -36,11 +36,15 @@ def pull_from_hub(where: str, given: Given) -> VectorSet:
     return given.checked(f"hub:{where}", load_vectors(fetch(where, WEIGHTS, kind="model")))
 
 
-def save_hub(vectors: VectorSet, path: Path) -> None:
-    """Writes both files into a folder, each whole or not at all; other files in it stay."""
+def save_hub(vectors: VectorSet, path: Path, *, repository: str = "OWNER/NAME") -> None:
+    """Writes both files into a folder, each whole or not at all; other files in it stay.
+
+    Args:
+        repository: the name that the card gives for loading.
+    """
     with ExitStack() as stack:
         save_vectors(vectors, stack.enter_context(atomic_path(path / WEIGHTS)))
-        stack.enter_context(atomic_path(path / CARD)).write_text(model_card(vectors), encoding="utf-8")
+        stack.enter_context(atomic_path(path / CARD)).write_text(model_card(vectors, repository), encoding="utf-8")
 
 
 def push_to_hub(
@@ -61,7 +65,7 @@ def push_to_hub(
     api = HfApi(token=token)
     api.create_repo(repository, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        save_hub(vectors, Path(folder))
+        save_hub(vectors, Path(folder), repository=repository)
         return str(
             api.upload_folder(
                 repo_id=repository,
@@ -71,7 +75,7 @@ def push_to_hub(
         )
 
 
-def model_card(vectors: VectorSet) -> str:
+def model_card(vectors: VectorSet, repository: str) -> str:
     """The card: what the vectors are, how they were made, how they are used, and what they do not show."""
     made = vectors.provenance
     front = {
@@ -109,7 +113,7 @@ stream pushes the model's text towards the positive side, subtracting it towards
 ```python
 import caa_lens as caa
 
-vectors = caa.load_vectors("hub:OWNER/NAME")  # or the path of this folder
+vectors = caa.load_vectors("hub:{repository}")  # or the path of this folder
 model = caa.load_model({json.dumps(made.model)})
 with caa.steer(model, vectors[{middle}]):
     print(caa.generate(model, "How was your weekend?"))

@@ -1,8 +1,8 @@
 """`.pt` files of plain tensors, from anyone: no code of theirs is run and no more memory is taken than they are long.
 
-`torch.load(weights_only=True)` runs no code, but believes the sizes that a file states. So the records of the file (a zip, as
-`torch.save` writes it) are first read with their checksums; their `data.pkl` may name nothing but floating-point tensors, each
-exactly as long as its record. What was checked, and nothing else, is then loaded.
+`torch.load(weights_only=True)` runs no code, but makes whatever arrays a file asks for, and older versions believe the sizes that
+it states. So the records of the file (a zip, as `torch.save` writes it) are first read with their checksums; their `data.pkl` may
+name nothing but floating-point tensors, each exactly as long as its record. What was checked, and nothing else, is then loaded.
 """
 
 from __future__ import annotations
