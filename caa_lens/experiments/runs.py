@@ -2,7 +2,8 @@
 
     result[item][text][setting, target]      a setting = a vector of one layer times a multiplier
 
-What an item is (a pair under a metric, a window of a text) is up to the caller; `grid` does the running.
+What an item is (a pair under a metric, a window of a text) is up to the caller; `grid` does the running, and shares it among
+the processes where there are several: each gets the whole result, the main one stores it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from caa_lens.models import Model, check_layers, describe
 from caa_lens.positions import Positions, check_positions, is_steered
 from caa_lens.vector import SteeringVector
 from caa_lens.vector_set import VectorSet
+from caa_lens.workers import is_main, on_main, require_same
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,14 @@ def run_items(
         "texts": digest([[text.ids for text in texts] for texts in items]),
         "versions": {name: version(name) for name in ("caa-lens", "transformer-lens", "transformers", "torch")},
     }
-    done = _Store(store, made)
-    missing = [number for number in range(len(items)) if number not in done.found]
+    signature = digest({key: value for key, value in made.items() if key != "versions"})
+    require_same(signature, label)
+    done = on_main(lambda: _opened(Path(store), signature, made)) if store is not None else {}
+    missing = [number for number in range(len(items)) if number not in done]
     flat = [(number, side, text) for number in missing for side, text in enumerate(items[number])]
     waiting: dict[int, dict[int, np.ndarray]] = {}
-    with tqdm(total=len(items), initial=len(done.found), desc=label, unit="item", disable=not progress) as bar:
+    shown = progress and is_main()
+    with tqdm(total=len(items), initial=len(done), desc=label, unit="item", disable=not shown) as bar:
         distinct, place = _distinct([setting.steering for setting in settings])
         grid = grid_logprobs(
             model,
@@ -149,9 +154,11 @@ def run_items(
             waiting.setdefault(number, {})[side] = logprobs[place].numpy()
             if len(waiting[number]) == len(items[number]):
                 sides = waiting.pop(number)
-                done.add(number, [sides[side] for side in range(len(sides))])
+                done[number] = [sides[side] for side in range(len(sides))]
+                if store is not None and is_main():
+                    _keep(Path(store), number, done[number])
                 bar.update()
-    return [done.found[number] for number in range(len(items))], made
+    return [done[number] for number in range(len(items))], made
 
 
 def _distinct(vectors: Sequence[SteeringVector | None]) -> tuple[list[SteeringVector | None], list[int]]:
@@ -169,28 +176,26 @@ def _distinct(vectors: Sequence[SteeringVector | None]) -> tuple[list[SteeringVe
     return distinct, place
 
 
-class _Store:
-    """Log-probabilities of finished items, in memory and, if a folder is given, one file an item."""
+def _opened(folder: Path, signature: str, made: Mapping[str, Any]) -> dict[int, list[np.ndarray]]:
+    """Makes a folder the store of a run, one file an item, or reads what is finished of this same run.
 
-    def __init__(self, folder: str | os.PathLike[str] | None, made: dict[str, Any]) -> None:
-        self.folder = Path(folder) if folder is not None else None
-        self.found: dict[int, list[np.ndarray]] = {}
-        if self.folder is None:
-            return
-        signature = digest({key: value for key, value in made.items() if key != "versions"})
-        about = self.folder / "about.json"
-        if about.exists():
-            if json.loads(about.read_text(encoding="utf-8")).get("signature") != signature:
-                raise InputError(f"{self.folder} holds another sweep; give another folder, or delete this one.")
-            for file in self.folder.glob("item-*.json"):
-                rows = json.loads(file.read_text(encoding="utf-8"))
-                self.found[int(file.stem.removeprefix("item-"))] = [np.array(row, dtype=np.float32) for row in rows]
-        else:
-            with atomic_path(about) as temporary:
-                temporary.write_text(json.dumps({"signature": signature, **made}, indent=1), encoding="utf-8")
+    Raises:
+        InputError: it holds another run.
+    """
+    about = folder / "about.json"
+    if not about.exists():
+        with atomic_path(about) as temporary:
+            temporary.write_text(json.dumps({"signature": signature, **made}, indent=1), encoding="utf-8")
+        return {}
+    if json.loads(about.read_text(encoding="utf-8")).get("signature") != signature:
+        raise InputError(f"{folder} holds another sweep; give another folder, or delete this one.")
+    found = {}
+    for file in folder.glob("item-*.json"):
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        found[int(file.stem.removeprefix("item-"))] = [np.array(row, dtype=np.float32) for row in rows]
+    return found
 
-    def add(self, number: int, logprobs: list[np.ndarray]) -> None:
-        self.found[number] = logprobs
-        if self.folder is not None:
-            with atomic_path(self.folder / f"item-{number:06d}.json") as temporary:
-                temporary.write_text(json.dumps([row.tolist() for row in logprobs]), encoding="utf-8")
+
+def _keep(folder: Path, number: int, logprobs: Sequence[np.ndarray]) -> None:
+    with atomic_path(folder / f"item-{number:06d}.json") as temporary:
+        temporary.write_text(json.dumps([row.tolist() for row in logprobs]), encoding="utf-8")
