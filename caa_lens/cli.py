@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import caa_lens as caa
-from caa_lens import commands
+from caa_lens import commands, workers
 from caa_lens.formats import FORMATS
 from caa_lens.models.checkpoints import EMBEDDED
 
@@ -18,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, 1 for a `CaaLensError` (whose message is printed), 130 when interrupted."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        with _quiet_beside_main():
+            arguments.run(arguments)
     except caa.CaaLensError as error:
         print(f"caa-lens: {error}", file=sys.stderr)
         return 1
@@ -26,6 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("caa-lens: interrupted; what was stored stays, run the same command to go on.", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def _quiet_beside_main() -> Iterator[None]:
+    """Of several processes launched together, only the main one prints; errors speak for each."""
+    if workers.is_main():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--kind", choices=("hooked", "bridge"), help="TransformerLens class (default: hooked first)")
         added.add_argument("--dtype", help="float32, bfloat16, ... (default: float32 on the CPU)")
         added.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+        added.add_argument("--n-devices", type=int, default=1, help="GPUs to spread the layers over (default 1)")
+        added.add_argument("--quantization", choices=("4bit", "8bit"), help="quantised weights (bitsandbytes)")
         return added
 
     def pair_options(added: argparse.ArgumentParser, *, held_out: int) -> None:

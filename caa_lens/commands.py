@@ -17,13 +17,21 @@ import caa_lens as caa
 from caa_lens.experiments.report import estimate, memory, study_of, write_page, write_published
 from caa_lens.experiments.report import reproduce as run_study
 from caa_lens.token_text import number
+from caa_lens.workers import is_main
 
 console = Console(highlight=False)
 
 
 def _load(arguments: Any) -> Any:
     started = time.perf_counter()
-    model = caa.load_model(arguments.model, kind=arguments.kind, dtype=arguments.dtype, device=arguments.device)
+    model = caa.load_model(
+        arguments.model,
+        kind=arguments.kind,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        quantization=arguments.quantization,
+        n_devices=arguments.n_devices,
+    )
     console.print(f"loaded {arguments.model} as {type(model).__name__} in {time.perf_counter() - started:.0f} s")
     return model
 
@@ -39,7 +47,8 @@ def extract(arguments: Any) -> None:
         read = int(read)
     model = _load(arguments)
     vectors = caa.extract(model, train, layers=arguments.layers, read=read, store=arguments.store)
-    vectors.save(arguments.out)
+    if is_main():
+        vectors.save(arguments.out)
     console.print(_norm_table(vectors))
     console.print(f"{len(train)} pairs ({len(held_out)} held out, seed {arguments.seed}) -> {arguments.out}")
 
@@ -80,7 +89,7 @@ def project(arguments: Any) -> None:
     for name, order in (("highest", -projection.values), ("lowest", projection.values)):
         tokens = ((projection.tokens[i], float(projection.values[i])) for i in order.argsort()[:5].tolist())
         console.print(f"{name}: " + ", ".join(f"{token!r} {number(value)}" for token, value in tokens), markup=False)
-    if arguments.html:
+    if arguments.html and is_main():
         projection.save_html(arguments.html)
         console.print(f"-> {arguments.html}")
 
@@ -133,7 +142,7 @@ def _measure(arguments: Any, held_out: caa.PairSet, *, layers: Sequence[int] | N
         seed=arguments.seed,
         store=arguments.store,
     )
-    if arguments.save:
+    if arguments.save and is_main():
         result.save(arguments.save)
     console.print(_score_table(result))
     if len(set(arguments.multipliers)) > 1:
@@ -146,7 +155,8 @@ def demo(arguments: Any) -> None:
     model = _load(arguments)
     vectors = caa.extract(model, train)
     path = arguments.out / f"{pairs.name.replace('/', '-')}.safetensors"
-    vectors.save(path)
+    if is_main():
+        vectors.save(path)
     console.print(_norm_table(vectors))
     layer = vectors[len(vectors) // 2 - 1 if arguments.layer is None else arguments.layer].layer
     console.print(f"\nHeld-out contrast at layer {layer}, beside directions of the same norm:")

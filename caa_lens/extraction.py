@@ -4,6 +4,7 @@
 
 The two completions of a pair share their prompt, and all prompts share the template's beginning. What is shared is run once
 and continued from its KV cache, which is exact; only the tokens that differ are run per pair and per side. Sums are kept in fp64.
+Several processes share the batches, and add up the same sums in the same order as one (`workers`).
 
 Source: Rimsky et al., arXiv:2312.06681, section 3. `read="answer"` is their reading (the answer letter's token).
 """
@@ -46,6 +47,7 @@ from caa_lens.prompts import EncodedPair, Prompt, Template
 from caa_lens.provenance import Provenance
 from caa_lens.vector import SteeringVector
 from caa_lens.vector_set import VectorSet
+from caa_lens.workers import is_main, on_main, require_same, shared_map
 
 Read = Literal["answer", "completion_mean", "last"] | int
 
@@ -162,24 +164,32 @@ def iterate_activations(
     store: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Iterator[PairActivations]:
-    """Yields the activations of a plan batch by batch; what a store already holds is read, the rest is run and stored."""
-    folder = open_store(Path(store), plan.signature, _about(plan)) if store is not None else None
+    """Yields the activations of a plan batch by batch; what a store already holds is read, the rest is run and stored.
+
+    Every process yields all of them. A store of several machines has to be in a folder that all of them see.
+    """
+    what = f"extract {plan.pairs.name}"
+    require_same(plan.signature, what)
+    folder = on_main(lambda: open_store(Path(store), plan.signature, _about(plan))) if store is not None else None
     # Cached pieces of a text are not what a surrounding steer() has to see to find its positions.
     reader = _Reader(model, plan, share_prefix and not is_steered(model))
     with (
         hooks(model, capture_hooks(plan.layers, reader.capture)),
-        tqdm(total=len(plan.pairs), desc=f"extract {plan.pairs.name}", unit="pair", disable=not progress) as bar,
+        tqdm(total=len(plan.pairs), desc=what, unit="pair", disable=not (progress and is_main())) as bar,
     ):
-        for number, index in enumerate(plan.batches):
+
+        def activations(number: int) -> PairActivations:
             shard = folder / f"shard-{number:05d}.safetensors" if folder else None
             if shard is not None and shard.exists():
-                batch = read_shard(shard)
-            else:
-                batch = reader.read(index)
-                if shard is not None:
-                    write_shard(shard, batch)
+                return read_shard(shard)
+            batch = reader.read(plan.batches[number])
+            if shard is not None:
+                write_shard(shard, batch)
+            return batch
+
+        for batch in shared_map(activations, range(len(plan.batches))):
             yield batch
-            bar.update(len(index))
+            bar.update(len(batch.index))
 
 
 def _about(plan: ExtractionPlan) -> dict[str, Any]:
@@ -234,7 +244,7 @@ class _Reader:
             run(self.model, tokens, mask, past=past, stop_at_layer=self.stop)
         self.weights = None
         read = torch.stack([self.found.pop(layer) for layer in self.plan.layers], 1)
-        return PairActivations(tuple(index), read[0::2], read[1::2])
+        return PairActivations(tuple(index), read[0::2].contiguous(), read[1::2].contiguous())
 
 
 def _positions_read(read: Read, pair: EncodedPair, side: Prompt) -> range:

@@ -252,7 +252,7 @@ def generate_ids(
                 said = text
         if not unfinished:
             break
-        tokens, mask = chosen.unsqueeze(1), torch.ones_like(mask[:, :1])
+        tokens, mask = chosen.unsqueeze(1).to(tokens.device), torch.ones_like(mask[:, :1])
     if run_last and unfinished:
         run(model, tokens, mask, past=past, grow=True)
     return rows

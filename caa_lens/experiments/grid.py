@@ -23,6 +23,7 @@ from caa_lens.models import Branch, Model, device_of, pad, run_branches, tokeniz
 from caa_lens.positions import Positions, row_mask
 from caa_lens.prefixes import PrefixRunner, common_head
 from caa_lens.vector import SteeringVector
+from caa_lens.workers import shared_map
 
 BRANCH_TOKENS = 4096
 """Tokens of all branches that are in the model together, at first; halved when memory does not suffice."""
@@ -55,6 +56,8 @@ def grid_logprobs(
 ) -> Iterator[tuple[int, Float[Tensor, "setting target"]]]:
     """Yields (index of the text, log-probabilities), texts of like length together, each when it is done.
 
+    Several processes share the batches of texts; each of them yields all results.
+
     Args:
         model: a `HookedTransformer` or `TransformerBridge`.
         texts: what to score; all their target tokens are flattened into one axis, in order.
@@ -64,9 +67,9 @@ def grid_logprobs(
     """
     runner = _Runner(model, texts, vectors, positions, operator, strength)
     order = sorted(range(len(texts)), key=runner.length)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        yield from zip(chosen, runner.run(chosen), strict=True)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for chosen, found in zip(batches, shared_map(runner.run, batches), strict=True):
+        yield from zip(chosen, found, strict=True)
 
 
 class _Runner:
@@ -121,7 +124,7 @@ class _Runner:
         found = self.chunks.map(run_some, branches, size=tokens.numel())  # one [text, target] tensor a branch
         counts = [sum(len(ids) for _, ids in text.targets) for text in texts]
         whole = torch.stack(found)
-        return [whole[:, row, :count] for row, count in enumerate(counts)]
+        return [whole[:, row, :count].clone() for row, count in enumerate(counts)]
 
     def _branch(self, vector: SteeringVector | None, on: Tensor) -> Branch:
         if vector is None or not bool(vector.tensor.any()):
@@ -148,7 +151,8 @@ def _reads(
 
     def readout(logits: Tensor) -> Tensor:
         logits = logits.float()
-        return (logits[row, reads, ids] - logits.logsumexp(-1)[row, reads]).cpu()
+        here = tuple(index.to(logits.device) for index in (row, reads, ids))
+        return (logits[here] - logits.logsumexp(-1)[here[:2]]).cpu()
 
     return at, readout
 

