@@ -36,6 +36,7 @@ from caa_lens.experiments.rubric import Rubric, rubric_for
 from caa_lens.files import atomic_path, digest
 from caa_lens.models import load_model
 from caa_lens.pairs import PairSet
+from caa_lens.workers import alone, on_main
 
 
 def judge(
@@ -83,31 +84,8 @@ def judge(
     pairs = list(zip(answers.items["prompt"], answers.items["answer"], strict=True))
     cases = [Case(*texts, repeat) for texts in dict.fromkeys(pairs) for repeat in range(repeats)]
     random.Random(seed).shuffle(cases)
-    kept = _Judgements(store, about)
-    found = {case: judgement for case in cases if (judgement := kept.get(case)) is not None}
-    missing = [case for case in cases if case not in found]
-    lock = threading.Lock()
-    with tqdm(
-        total=len(cases), initial=len(found), desc=f"judge {chosen.title}", unit="answer", disable=not progress
-    ) as bar:
-
-        def record(index: int, judgement: Judgement) -> None:
-            with lock:
-                found[missing[index]] = judgement
-                kept.add(missing[index], judgement)
-                bar.update()
-
-        try:
-            if missing:
-                judge.judge(chosen, missing, record)
-        except EndpointError as error:
-            n_kept = sum(judgement.status != "failed" for judgement in found.values())
-            where = (
-                f"are kept in {store}; the same call goes on there, and asks for none of them again"
-                if store is not None
-                else "were made and are lost; give store= a folder, which keeps them"
-            )
-            raise EndpointError(f"{error} {n_kept} of {len(cases)} judgements {where}.") from error
+    # Asked by one process for all, or an endpoint would be paid by each.
+    found = on_main(lambda: _judgements(judge, chosen, cases, _Judgements(store, about), store, progress))
     failed = [judgement for judgement in found.values() if judgement.status == "failed"]
     if failed:
         warnings.warn(
@@ -121,6 +99,43 @@ def judge(
     items = answers.items.loc[answers.items.index.repeat(repeats)].reset_index(drop=True)
     made = {**answers.provenance, "judge": about, "rubric": asdict(chosen), "repeats": repeats, "judge_seed": seed}
     return JudgeResult(pd.concat([items, judged], axis=1), made, chosen, judge.name, seed)
+
+
+def _judgements(
+    judge: Judge,
+    rubric: Rubric,
+    cases: list[Case],
+    kept: _Judgements,
+    store: str | os.PathLike[str] | None,
+    progress: bool,
+) -> dict[Case, Judgement]:
+    """What was judged before, and the rest from the judge, kept as it comes."""
+    found = {case: judgement for case in cases if (judgement := kept.get(case)) is not None}
+    missing = [case for case in cases if case not in found]
+    lock = threading.Lock()
+    with tqdm(
+        total=len(cases), initial=len(found), desc=f"judge {rubric.title}", unit="answer", disable=not progress
+    ) as bar:
+
+        def record(index: int, judgement: Judgement) -> None:
+            with lock:
+                found[missing[index]] = judgement
+                kept.add(missing[index], judgement)
+                bar.update()
+
+        try:
+            if missing:
+                with alone():
+                    judge.judge(rubric, missing, record)
+        except EndpointError as error:
+            n_kept = sum(judgement.status != "failed" for judgement in found.values())
+            where = (
+                f"are kept in {store}; the same call goes on there, and asks for none of them again"
+                if store is not None
+                else "were made and are lost; give store= a folder, which keeps them"
+            )
+            raise EndpointError(f"{error} {n_kept} of {len(cases)} judgements {where}.") from error
+    return found
 
 
 def judge_from(spec: str, **options: Any) -> Judge:

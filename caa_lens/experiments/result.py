@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
+from caa_lens.errors import InputError
 from caa_lens.experiments.effects import Finding, best_of, effect_table, finding_on
 from caa_lens.experiments.scoring import Metric
 from caa_lens.experiments.statistics import bootstrap_mean

@@ -6,15 +6,17 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from caa_lens.experiments.baselines import additivity, prompting
+from caa_lens.experiments.baselines import SIDES, Side, additivity, prompting
 from caa_lens.experiments.finetuning import finetune
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.section import NotRun, Section, Status, together
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.statistics import paired_change
 from caa_lens.experiments.sweep import score
+from caa_lens.experiments.tuned import FinetuneResult
 from caa_lens.models import Model, load_model
 from caa_lens.vector import SteeringVector
+from caa_lens.workers import alone, on_main
 
 
 def prompting_baselines(lab: Lab, behaviour: str) -> Section:
@@ -50,30 +52,17 @@ def fine_tuning(lab: Lab) -> Section:
     statuses: list[Status] = []
     figures = {}
     for behaviour in study.finetune:
-        pairs, v = lab.pairs(behaviour), lab.vector(behaviour)
+        v = lab.vector(behaviour)
         base = _scored(lab, behaviour, "base", lab.model, v)
         rows += _rows(behaviour, "base", base)
-        for side, sign in (("positive", 1), ("negative", -1)):
-            place = lab.work("fine-tuned", behaviour, side)
-            tuned = finetune(
-                study.model,
-                pairs.train,
-                folder=place,
-                side=side,
-                method=study.method,
-                held_out=pairs.report,
-                epochs=study.epochs,
-                seed=study.seed,
-                dtype=study.dtype,
-                device=study.device,
-                progress=lab.progress,
-            )
+        for side in SIDES:
+            tuned = on_main(lambda b=behaviour, s=side: _tuned(lab, b, s))  # type: ignore[misc]
             model = load_model(tuned.path, kind=study.kind, dtype=study.dtype, device=study.device)  # type: ignore[arg-type]
             result = _scored(lab, behaviour, side, model, v.retarget(tuned.path.name))
             del model
             rows += _rows(behaviour, f"tuned {side}", result)
             change = paired_change(_at(base, 0.0), _at(result, 0.0), seed=study.seed)
-            moved = change.low > 0 if sign > 0 else change.high < 0
+            moved = change.low > 0 if side == "positive" else change.high < 0
             on_top = result.effects().iloc[0]
             statuses.append("holds" if moved and on_top["effect_low"] > 0 else "mixed" if moved else "null")
             lines.append(
@@ -88,6 +77,25 @@ def fine_tuning(lab: Lab) -> Section:
         "the vector works on top of it.",
     )
     return Section(together(statuses), "\n".join(lines), {"fine_tuning": pd.DataFrame(rows)}, figures, notes=notes)
+
+
+def _tuned(lab: Lab, behaviour: str, side: Side) -> FinetuneResult:
+    """The study's model, tuned on a behaviour's training pairs by one process for all."""
+    study, pairs = lab.study, lab.pairs(behaviour)
+    with alone():
+        return finetune(
+            study.model,
+            pairs.train,
+            folder=lab.work("fine-tuned", behaviour, side),
+            side=side,
+            method=study.method,  # type: ignore[arg-type]
+            held_out=pairs.report,
+            epochs=study.epochs,
+            seed=study.seed,
+            dtype=study.dtype,
+            device=study.device,
+            progress=lab.progress,
+        )
 
 
 def _scored(lab: Lab, behaviour: str, name: str, model: Model, v: SteeringVector) -> SweepResult:

@@ -25,6 +25,7 @@ from caa_lens.sources import load_pairs
 from caa_lens.storage import load_vectors
 from caa_lens.vector import SteeringVector
 from caa_lens.vector_set import VectorSet, normalize_across
+from caa_lens.workers import on_main
 
 Kept = TypeVar("Kept")
 
@@ -136,14 +137,14 @@ class Lab:
     @once
     def _extracted(self, behaviour: str) -> VectorSet:
         file = self.folder / "vectors" / f"{behaviour.replace('/', '-')}.safetensors"
-        if not file.exists():
+        if not on_main(file.exists):
             found = extract(
                 self.model,
                 self.pairs(behaviour).train,
                 store=self.activations(behaviour, "train"),
                 progress=self.progress,
             )
-            found.save(file)
+            on_main(lambda: found.save(file))
         return load_vectors(file)
 
     def activations(self, behaviour: str, part: str) -> Path:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from caa_lens.experiments.report.section import NotRun, Section, read_section, s
 from caa_lens.experiments.report.study import Study
 from caa_lens.files import atomic_path
 from caa_lens.models import Model, describe
+from caa_lens.workers import is_main, on_main
 
 VERSIONS = ("caa-lens", "transformer-lens", "transformers", "torch")
 
@@ -48,21 +49,31 @@ def reproduce(
         InputError: the folder holds another study.
     """
     folder = Path(out)
-    _sign(folder, study)
+    on_main(lambda: _sign(folder, study))
     lab = Lab(study, folder, model=model, progress=progress)
     for claim, behaviour, place in plan(study, folder):
-        if is_done(place):
+        if on_main(lambda place=place: is_done(place)):  # type: ignore[misc]
             continue
-        say(f"claim {claim.number}, {claim.title}: {behaviour or 'all behaviours'}")
+        if is_main():
+            say(f"claim {claim.number}, {claim.title}: {behaviour or 'all behaviours'}")
         started = time.perf_counter()
         section = _examine(lab, claim, behaviour)
-        if place.exists():  # it could not be run before
-            shutil.rmtree(place)
-        save_section(place, section)
-        with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"section": place.name, "seconds": round(time.perf_counter() - started, 1)}) + "\n")
+        if is_main():
+            _keep(folder, place, section, time.perf_counter() - started)
     info = describe(lab.model)
     about = {"model": info.name, "revision": info.revision, "layers": info.n_layers, "d_model": info.d_model}
+    return on_main(lambda: _publish(folder, about))
+
+
+def _keep(folder: Path, place: Path, section: Section, seconds: float) -> None:
+    if place.exists():  # it could not be run before
+        shutil.rmtree(place)
+    save_section(place, section)
+    with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write(json.dumps({"section": place.name, "seconds": round(seconds, 1)}) + "\n")
+
+
+def _publish(folder: Path, about: Mapping[str, object]) -> Path:
     with atomic_path(folder / "model.json") as temporary:
         temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
     return write_page(folder)

@@ -135,7 +135,7 @@ class Study:
 
 def _check_kind(name: str, value: Any, allowed: Any) -> None:
     wanted = str(allowed)
-    kinds = {"str": str, "int": int, "float": (int, float), "bool": bool}
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
     inner = next(kind for kind in kinds if kind in wanted)
 
     def fits(each: Any) -> bool:
