@@ -128,16 +128,6 @@ def test_published_vectors_load_as_they_are():
         caa.load_vectors(root)
 
 
-def test_published_raw_vectors_become_the_published_normalised_ones():
-    def read(variant):
-        return {folder.name: caa.load_vectors(folder) for folder in sorted(fixture_path(f"caa/{variant}").iterdir())}
-
-    published = read("normalized_vectors")
-    for behaviour, vectors in caa.normalize_across(read("vectors")).items():
-        torch.testing.assert_close(vectors[13].tensor, published[behaviour][13].tensor, rtol=1e-6, atol=1e-6)
-        assert set(vectors.provenance.normalized_across) == set(published[behaviour].provenance.normalized_across)
-
-
 @pytest.mark.parametrize("normalized", [False, True])
 def test_caa_folder_of_a_whole_model(tmp_path, normalized):
     across = ("tone",) if normalized else ()
