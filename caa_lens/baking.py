@@ -92,7 +92,7 @@ def export_checkpoint(
     """Writes a Hugging Face checkpoint that runs steered in plain `transformers`, and in engines that read such checkpoints.
 
     Weights and tokenizer are the checkpoint's own; biases are added. A Llama checkpoint without MLP biases gets
-    `mlp_bias=true` (which llama.cpp's converter and vLLM know too), zero but for the steered outputs. Equal to
+    `mlp_bias=true`, which llama.cpp can run too, and biases of zero but for the steered outputs. Equal to
     `steer(..., positions="all")`, as `bake` is.
 
     Args:
@@ -146,9 +146,7 @@ def _check_arrival(model: Model, biases: Mapping[int, Tensor]) -> None:
     before: dict[int, Tensor] = {}
     with hooks(model, capture_hooks(list(biases), lambda layer, x: before.update({layer: x.clone()}))):
         run(model, tokens, mask)
-    probes: dict[int, Tensor] = {}
-    for layer in biases:
-        probes[layer] = random_like(max(before[layer][0].float().cpu(), key=torch.norm), seed=layer)
+    probes = {layer: random_like(max(x[0].float().cpu(), key=torch.norm), seed=layer) for layer, x in before.items()}
 
     def at(layer: int) -> Hook:
         def probe_hook(activations: Tensor, hook: Any) -> Tensor:
