@@ -70,9 +70,9 @@ def plot_additivity(result: AdditivityResult, measure: Measure = "value", *, ax:
 def _draw_terms(ax: Axes, rows: pd.DataFrame) -> None:
     for number, (term, (color, marker, label)) in enumerate(SERIES.items()):
         x = np.arange(len(rows)) + 0.18 * (number - 1.5)
-        ends = np.stack([rows[term] - rows[f"{term}_low"], rows[f"{term}_high"] - rows[term]])
+        y, low, high = (rows[name].to_numpy(float) for name in (term, f"{term}_low", f"{term}_high"))
         style: dict[str, Any] = {"color": color, "marker": marker, "label": label, "linestyle": "none"}
-        ax.errorbar(x, rows[term], yerr=ends, markersize=9 if marker == "_" else 5, elinewidth=1.2, **style)
+        ax.errorbar(x, y, yerr=(y - low, high - y), markersize=9 if marker == "_" else 5, elinewidth=1.2, **style)
 
 
 def plot_transfer(result: TransferResult, *, ax: Axes | None = None) -> Figure:
