@@ -58,7 +58,7 @@ def test_the_examples_are_run_once_for_all_items(model, vectors, pairs, held_out
 
     monkeypatch.setattr(prefixes, "run", counting)
     systems = {"none": None, "shots": shots}
-    caa.sweep(model, vectors[1], held_out, multipliers=(1,), systems=systems, batch_size=2, progress=False)
+    caa.sweep(model, vectors[1], held_out, multipliers=(1,), systems=systems, batch_size=3, progress=False)
     bare = [len(caa.ChatTemplate().encode(model.tokenizer, pair.prompt).ids) for pair in held_out]
     examples = len(shots.encode(model.tokenizer, "?").ids)
     assert examples > 180
@@ -229,12 +229,12 @@ def test_interactions_known_in_closed_form():
 
 def test_intervals_of_additive_data_cover_zero_as_often_as_they_say():
     rng, covered = np.random.default_rng(2), []
-    for seed in range(100):
+    for seed in range(60):
         a, b = rng.normal(1.0, 1.0, 40), rng.normal(2.0, 1.0, 40)
         result = synthetic(a, b, np.zeros(40), noise=0.5, multipliers=(0, 1), seed=seed)
         row = caa.additivity(result).to_pandas().query("vector == 'vector'").iloc[0]
         covered.append(row["interaction_low"] <= 0 <= row["interaction_high"])
-    assert 0.88 <= np.mean(covered) <= 0.99
+    assert 0.87 <= np.mean(covered) < 1
 
 
 @pytest.mark.parametrize(
