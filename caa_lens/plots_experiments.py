@@ -70,9 +70,9 @@ def plot_additivity(result: AdditivityResult, measure: Measure = "value", *, ax:
 def _draw_terms(ax: Axes, rows: pd.DataFrame) -> None:
     for number, (term, (color, marker, label)) in enumerate(SERIES.items()):
         x = np.arange(len(rows)) + 0.18 * (number - 1.5)
-        ends = np.stack([rows[term] - rows[f"{term}_low"], rows[f"{term}_high"] - rows[term]])
+        y, low, high = (rows[name].to_numpy(float) for name in (term, f"{term}_low", f"{term}_high"))
         style: dict[str, Any] = {"color": color, "marker": marker, "label": label, "linestyle": "none"}
-        ax.errorbar(x, rows[term], yerr=ends, markersize=9 if marker == "_" else 5, elinewidth=1.2, **style)
+        ax.errorbar(x, y, yerr=(y - low, high - y), markersize=9 if marker == "_" else 5, elinewidth=1.2, **style)
 
 
 def plot_transfer(result: TransferResult, *, ax: Axes | None = None) -> Figure:
@@ -97,13 +97,13 @@ def plot_transfer(result: TransferResult, *, ax: Axes | None = None) -> Figure:
     one_unit = len(units) == 1
     largest = np.abs(values).max(axis=None if one_unit else 0)
     scale = np.where(largest > 0, largest, 1.0)
-    unit = f"effect ({units[0]} per unit of multiplier)" if one_unit else "effect, relative to the column's largest"
-    width, height = 2.4 + 0.95 * len(places), 1.6 + max(0.42 * len(sources), 0.9)
+    unit = units[0] if one_unit else "the unit below each column"
+    width, height = 2.4 + 0.95 * len(places), 1.6 + max(0.42 * len(sources), 1.2)
     with canvas(ax, width, height) as (figure, (axis,)):
         image = axis.imshow(values / scale, cmap=colormap(DIVERGING), vmin=-1, vmax=1, aspect="auto")
-        bar = figure.colorbar(image, ax=axis, label=unit, pad=0.02)
+        bar = figure.colorbar(image, ax=axis, label="effect" if one_unit else "effect / largest", pad=0.02)
         if one_unit:
-            bar.set_ticks([-1, 0, 1], labels=[f"{end * float(scale):+.2g}" for end in (-1, 0, 1)])
+            bar.set_ticks([-1, 0, 1], labels=[f"{-scale:+.2g}", "0", f"{scale:+.2g}"])
         for y, row in enumerate(cells):
             for x, cell in enumerate(row):
                 _draw_cell(axis, x, y, cell, dark=abs((values / scale)[y, x]) > 0.6)
@@ -116,7 +116,9 @@ def plot_transfer(result: TransferResult, *, ax: Axes | None = None) -> Figure:
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
         axis.set(ylabel="vector from", xlabel="tested on")
-        axis.set_title(f"layer {result.provenance['layer']}; framed: beyond every control")
+        axis.set_title(
+            f"layer {result.provenance['layer']}, effect per unit of multiplier, in {unit}\nframed: beyond every control"
+        )
     return figure
 
 

@@ -34,16 +34,12 @@ def test_worked_examples_in_a_sweep_are_the_plain_runs_of_the_written_text(model
     assert (
         shots.encode(model.tokenizer, "Hi!").text == f"{said}<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"
     )
-    systems = {"none": None, "shots": shots, "stiff": "Be stiff."}
-    written = {
-        "none": caa.ChatTemplate(),
-        "shots": caa.ChatTemplate(turns=shots.turns),
-        "stiff": caa.ChatTemplate(system_prompt="Be stiff."),
-    }
+    systems = {"shots": shots, "stiff": "Be stiff."}
+    written = {"shots": caa.ChatTemplate(turns=shots.turns), "stiff": caa.ChatTemplate(system_prompt="Be stiff.")}
     result = caa.sweep(
-        model, vectors, held_out[:3], layers=[0, 2], multipliers=(0, 1.5), systems=systems, batch_size=2, progress=False
+        model, vectors[1], held_out[:2], multipliers=(0, 1.5), systems=systems, batch_size=2, progress=False
     )
-    assert len(result.items) == 3 * 3 * 2 * 2
+    assert len(result.items) == 2 * 2 * 2
     for row in result.items.itertuples():
         pair, vector = held_out[row.item], vectors[row.layer]
         assert row.value == pytest.approx(
@@ -62,7 +58,7 @@ def test_the_examples_are_run_once_for_all_items(model, vectors, pairs, held_out
 
     monkeypatch.setattr(prefixes, "run", counting)
     systems = {"none": None, "shots": shots}
-    caa.sweep(model, vectors[1], held_out, multipliers=(1,), systems=systems, batch_size=2, progress=False)
+    caa.sweep(model, vectors[1], held_out, multipliers=(1,), systems=systems, batch_size=3, progress=False)
     bare = [len(caa.ChatTemplate().encode(model.tokenizer, pair.prompt).ids) for pair in held_out]
     examples = len(shots.encode(model.tokenizer, "?").ids)
     assert examples > 180
@@ -233,12 +229,12 @@ def test_interactions_known_in_closed_form():
 
 def test_intervals_of_additive_data_cover_zero_as_often_as_they_say():
     rng, covered = np.random.default_rng(2), []
-    for seed in range(150):
+    for seed in range(60):
         a, b = rng.normal(1.0, 1.0, 40), rng.normal(2.0, 1.0, 40)
         result = synthetic(a, b, np.zeros(40), noise=0.5, multipliers=(0, 1), seed=seed)
         row = caa.additivity(result).to_pandas().query("vector == 'vector'").iloc[0]
         covered.append(row["interaction_low"] <= 0 <= row["interaction_high"])
-    assert 0.89 <= np.mean(covered) <= 0.99
+    assert 0.87 <= np.mean(covered) < 1
 
 
 @pytest.mark.parametrize(
@@ -273,7 +269,8 @@ def test_the_ends_of_a_probability_are_told_from_interaction():
 
 def test_on_a_model_the_terms_are_differences_of_its_scores(model, vectors, pairs, held_out):
     systems = caa.prompting(model, pairs, held_out, k=1)
-    result = caa.sweep(model, vectors, held_out, layers=[0, 2], controls=1, systems=systems, progress=False)
+    options = {"layers": [0, 2], "multipliers": (0, 1), "others": {"turned": -1 * vectors}, "progress": False}
+    result = caa.sweep(model, vectors, held_out[:3], systems=systems, **options)
     found = caa.additivity(result)
     assert found.layer == result.by_system()["none"].best()["layer"]
     scores = result.to_pandas().query("vector == 'vector' and layer == @found.layer")
@@ -284,7 +281,7 @@ def test_on_a_model_the_terms_are_differences_of_its_scores(model, vectors, pair
         assert row.steering == pytest.approx(scores["none", row.multiplier] - start, abs=1e-6)
         assert row.both == pytest.approx(scores[row.system, row.multiplier] - start, abs=1e-6)
         assert row.interaction == pytest.approx(row.both - row.prompting - row.steering, abs=1e-6)
-    assert "random-0" in set(found.to_pandas()["vector"])
+    assert set(found.to_pandas()["vector"]) == {"vector", "turned"}
     assert caa.additivity(result, layer=0, baseline="few-shot positive").layer == 0
 
 

