@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
@@ -84,11 +84,12 @@ class _Numbers(TorchFunctionMode):
 
 
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors: list[Tensor] = []
+    real_args = _real(args, tensors)
+    real_kwargs = {name: _real(value, tensors) for name, value in kwargs.items()}
     target = kwargs.get("device")
     if target is None:
         target = args[0].device if func in COPIES else _home(func, tensors)
-    real_args, real_kwargs = tree_map(lambda x: x.inner if isinstance(x, Placed) else x, (args, kwargs))
     if real_kwargs.get("device") is not None:
         real_kwargs["device"] = CPU
     found = func(*real_args, **real_kwargs)
@@ -96,7 +97,17 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if target == CPU:
         return found
+    if isinstance(found, Tensor):
+        return Placed(found, target)
     return tree_map(lambda x: Placed(x, target) if isinstance(x, Tensor) else x, found)
+
+
+def _real(x: Any, tensors: list[Tensor]) -> Any:
+    """An argument with real tensors in the place of pretending ones; notes all that were there."""
+    if isinstance(x, Tensor):
+        tensors.append(x)
+        return x.inner if isinstance(x, Placed) else x
+    return type(x)(_real(each, tensors) for each in x) if type(x) in (list, tuple) else x
 
 
 def _home(func: Any, tensors: list[Tensor]) -> torch.device:

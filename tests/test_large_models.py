@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import caa_lens as caa
 from caa_lens.directions import Moments
 from caa_lens.models import hooked
+from caa_lens.models.checkpoints import load_checkpoint
 from caa_lens.templates import default_template
 
 HALF = [torch.bfloat16, torch.float16]
@@ -54,11 +55,11 @@ def test_what_is_summed_may_exceed_half_precision(half, pairs):
 def test_moments_neither_overflow_nor_stall(dtype):
     ones = torch.ones(1, 1, 4, dtype=dtype)
     moments, naive = Moments.zeros(1, 4), torch.zeros(1, 4, dtype=dtype)
-    for _ in range(3000):
+    for _ in range(700):
         moments.update(100 * ones, ones)
         naive += 100 * ones[0]
     assert torch.equal(moments.mean_difference, torch.full((1, 4), 99.0))
-    assert not torch.isclose(naive / 3000, torch.tensor(100.0, dtype=dtype), rtol=0.1).any()
+    assert not torch.isclose(naive / 700, torch.tensor(100.0, dtype=dtype), rtol=0.1).any()
 
 
 @pytest.mark.parametrize(
@@ -166,16 +167,18 @@ def test_default_templates_of_llama2(size, byte_tokenizer):
     assert default_template(f"meta-llama/Llama-2-{size}-hf", byte_tokenizer) == caa.Llama2Base()
 
 
-def spread_over(model, kind, first):
-    """The tiny model's embedding and first layer on one pretended device, the rest on the next, as load_model(n_devices=2) does."""
-    second = device(first.index + 1)
+def on_two_devices(kind, tokenizer):
+    """The tiny model with its embedding and first layer on one pretended device and the rest on the next; the bridge's unembedding
+    is back on the first, as a device map may have it."""
+    hf_model = tiny_llama(len(tokenizer))
     if kind == "hooked":
-        hooked.spread(model, first, 2)
-        return
-    inner = model.original_model.model
-    places = {inner.embed_tokens: first, inner.rotary_emb: first, inner.norm: second}
-    places |= {layer: first if number < 2 else second for number, layer in enumerate(inner.layers)}
-    places[model.original_model.lm_head] = second
+        model = as_lens(kind, hf_model, tokenizer)
+        hooked.spread(model, device(0), 2)
+        return model
+    inner = hf_model.model
+    places = {inner.embed_tokens: device(0), inner.rotary_emb: device(0), inner.norm: device(1)}
+    places |= {layer: device(int(number >= 2)) for number, layer in enumerate(inner.layers)}
+    places[hf_model.lm_head] = device(0)
     for module, place in places.items():
         module.to(place)
         # What accelerate's hooks do where a device map is given.
@@ -185,6 +188,7 @@ def spread_over(model, kind, first):
             ),
             with_kwargs=True,
         )
+    return as_lens(kind, hf_model, tokenizer)
 
 
 def everything(model, pairs, held_out):
@@ -192,7 +196,7 @@ def everything(model, pairs, held_out):
     vectors = caa.extract(model, pairs, batch_size=2, progress=False)
     v = 3 * vectors[1]
     with caa.steer(model, v, strength=torch.tensor([1.0, -1.0])):
-        answers = caa.generate(model, ["Hi?", "What now, then?"], max_new_tokens=6)
+        answers = caa.generate(model, ["Hi?", "What now, then?"], max_new_tokens=3)
     with caa.steer(model, v, operator=caa.gate(caa.clamp, 0.0, along=vectors[0].tensor)):
         gated = caa.extract(model, pairs, progress=False)
     return {
@@ -200,8 +204,8 @@ def everything(model, pairs, held_out):
         "gated": gated.stack(),
         "answers": answers,
         "sweep": caa.sweep(model, vectors, held_out, progress=False).items,
-        "loss": caa.text_loss(model, "It was a bright day. " * 9, v, window=64, progress=False).items,
-        "projection": caa.project(model, vectors, "How are you?", steering=v, max_new_tokens=4, progress=False).values,
+        "loss": caa.text_loss(model, "It was a bright day. " * 3, v, window=32, progress=False).items,
+        "projection": caa.project(model, vectors, "How are you?", steering=v, max_new_tokens=2, progress=False).values,
         "patch": caa.patch(model, vectors, held_out, layers=[0, 2], positions=[-2, -1], progress=False).to_pandas(),
         "swapped": caa.patch(model, "positive", held_out[0], positions=-1, progress=False).to_pandas(),
         "lens": caa.logit_lens(model, "How are you?").to_pandas(),
@@ -211,12 +215,12 @@ def everything(model, pairs, held_out):
 
 def test_a_model_on_two_devices_is_the_same_model(kind, byte_tokenizer, pairs, held_out):
     """Vectors, masks, cached prefixes and readouts follow each layer; nothing of two devices meets."""
-    expected = everything(as_lens(kind, tiny_llama(len(byte_tokenizer)), byte_tokenizer), pairs, held_out)
-    model = as_lens(kind, tiny_llama(len(byte_tokenizer)), byte_tokenizer)
+    few = pairs[:3], held_out[:2]
+    expected = everything(as_lens(kind, tiny_llama(len(byte_tokenizer)), byte_tokenizer), *few)
     with pretend_devices():
-        spread_over(model, kind, device(0))
+        model = on_two_devices(kind, byte_tokenizer)
         assert {p.device for p in model.parameters()} == {device(0), device(1)}
-        found = everything(model, pairs, held_out)
+        found = everything(model, *few)
     for name, value in expected.items():
         if isinstance(value, pd.DataFrame):
             pd.testing.assert_frame_equal(found[name], value, atol=1e-5)
@@ -303,14 +307,30 @@ def test_what_a_quantised_model_is_asked_for(directory, four_gpus):
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_quantised_weights_extract_and_steer(directory, quantization, pairs, held_out, vectors):
-    """On the CPU: near the full model, and within itself equal to plain hooked passes."""
-    model = caa.load_model(directory, quantization=quantization, device="cpu")
-    assert any(p.dtype in (torch.uint8, torch.int8) for p in model.parameters())
+def test_quantised_weights_extract_and_steer(quantization, byte_tokenizer, pairs, held_out, tmp_path):
+    """On the CPU, against the same weights as plain matrices, and sweeps against plain steered passes."""
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=len(byte_tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    model = caa.load_model(str(tmp_path), quantization=quantization, device="cpu")
+    assert {p.dtype for p in model.parameters()} & {torch.uint8, torch.int8}
     found = caa.extract(model, pairs, progress=False)
-    whole = caa.extract(model, pairs, share_prefix=False, batch_size=1, progress=False)
-    assert relative_error(found.stack(), whole.stack()) < 0.02
-    assert relative_error(found.stack(), vectors.stack()) < 0.5
+    hf_model = load_checkpoint(
+        tmp_path, dtype=None, device=torch.device("cpu"), quantization=quantization
+    ).model.dequantize()
+    plain = caa.extract(as_lens("bridge", hf_model.float(), byte_tokenizer), pairs, progress=False)
+    # bitsandbytes' 8-bit products round the activations too.
+    assert relative_error(found.stack(), plain.stack()) < (1e-4 if quantization == "4bit" else 0.1)
     result = caa.sweep(model, found, held_out, layers=[1], progress=False).items
     prompt = caa.ChatTemplate().encode_pair(model.tokenizer, held_out[0]).positive
     for row in result.query("item == 0").itertuples():
@@ -318,4 +338,4 @@ def test_quantised_weights_extract_and_steer(directory, quantization, pairs, hel
             logprobs = model(torch.tensor([prompt.ids]))[0].float().log_softmax(-1)
         answer = range(prompt.completion_start, len(prompt.ids))
         mean = sum(float(logprobs[i - 1, prompt.ids[i]]) for i in answer) / len(answer)
-        assert row.positive == pytest.approx(mean, abs=0.05)
+        assert row.positive == pytest.approx(mean, abs=1e-4 if quantization == "4bit" else 0.05)
