@@ -275,8 +275,10 @@ class _Run:
     def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
         self.folder, self.asked, self.signature = folder, asked, digest(asked)
         self.about, self.checkpoint = folder / "about.json", folder / "checkpoint.pt"
-        if self.about.exists() and json.loads(self.about.read_text(encoding="utf-8"))["signature"] != self.signature:
-            raise InputError(f"{folder} holds another run; give another folder, or delete this one.")
+        if self.about.exists():
+            found = json.loads(self.about.read_text(encoding="utf-8"))
+            if found.get("signature") != self.signature:
+                raise InputError(f"{folder} holds another run; give another folder, or delete this one.")
 
     @property
     def finished(self) -> bool:
