@@ -608,8 +608,8 @@ def test_a_real_server(byte_tokenizer, tmp_path):
 @pytest.mark.slow
 def test_the_embedded_model_as_judge_tells_formal_from_casual(embedded):
     """On completions that are known, before it is believed on answers."""
-    _, held_out = caa.load_pairs("formality").split(held_out=16, seed=0)
-    result = judge(caa.known_answers(held_out), "formality", caa.LocalJudge(embedded), progress=False)
+    _, held_out = caa.load_pairs("formality").split(held_out=30, seed=0)
+    result = judge(caa.known_answers(held_out[:8]), "formality", caa.LocalJudge(embedded), progress=False)
     best = result.best()
     assert best["effect_low"] > 0
     assert best["anti_steerable"] < 0.25

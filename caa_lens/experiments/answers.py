@@ -120,8 +120,9 @@ def answers(
     made = describe_run(model, settings, positions, about)
     done: ItemStore[list[Measured]] = ItemStore(store, made, what="set of answers")
     missing = [number for number in range(len(questions)) if number not in done.found]
-    # Items of one batch: as many questions as their strengths leave room for.
-    together = max(1, batch_size // max(len(members) for members in _together(settings).values()))
+    # As many questions together as the strengths of a vector leave room for in a batch.
+    strengths = max((len(places) for group, places in _together(settings).items() if group), default=1)
+    together = max(1, batch_size // strengths)
     with tqdm(
         total=len(questions),
         initial=len(done.found),

@@ -82,7 +82,7 @@ class OpenAIJudge:
         retries: further attempts for a text whose request failed.
         backoff: seconds before the first of them, about; doubled each time.
         longest_wait: seconds; an endpoint that asks to wait longer ends the run.
-        extra: further fields of the request (`{"max_completion_tokens": 2000}`).
+        extra: further fields of the request (`{"max_completion_tokens": 2000}`), recorded with the judgements.
 
     Raises:
         MissingError: the `openai` package is not installed.
@@ -138,7 +138,7 @@ class OpenAIJudge:
 
     def judge(self, rubric: Rubric, cases: Sequence[Case], record: Callable[[int, Judgement], None]) -> None:
         url, key = self._access()
-        client = _openai().OpenAI(api_key=key or "none", base_url=url, timeout=self.timeout, max_retries=0)
+        client = _openai().OpenAI(api_key=key or "no-key", base_url=url, timeout=self.timeout, max_retries=0)
         with client, ThreadPoolExecutor(self.concurrency) as pool:
             run = _Run(self, client, rubric, record)
             futures = [pool.submit(run.judge, index, case) for index, case in enumerate(cases)]
@@ -237,16 +237,15 @@ class _Run:
                 **{name: value for name, value in options.items() if value is not None},
             )
             choice = completion.choices[0]
-            refusal, said = getattr(choice.message, "refusal", None), choice.message.content or ""
+            refusal, said = getattr(choice.message, "refusal", None), str(choice.message.content or "")
+            declined = bool(refusal) or choice.finish_reason == "content_filter"
         except openai.APIStatusError as error:
             return self._refused(error)
         except openai.APIError as error:
             raise _Transient(f"{error} ({type(error.__cause__ or error).__name__})") from error
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise _Transient(f"a reply that is cut short, or no chat completion ({type(error).__name__})") from error
-        if refusal or choice.finish_reason == "content_filter":
-            return Judgement("refused", None, refusal or said)
-        return read_reply(said)
+        return Judgement("refused", None, refusal or said) if declined else read_reply(said)
 
     def _refused(self, error: Any) -> Judgement:
         """What a status code says: this text is refused, try again, or no request will do.
