@@ -72,7 +72,7 @@ def plot_projection(projection: Projected) -> go.Figure:
         customdata=texts,
         hovertemplate=f"%{{customdata}}<br>{unit}: %{{y:{NUMBER}}}<extra></extra>",
     )
-    figure = _along(_styled(go.Figure(bars), title=title, x="token", y=unit, height=340), len(names))
+    figure = _along(_styled(go.Figure(bars), title=title, x="token", y=unit, height=380), len(names))
     past = bool(np.abs(values).max() > limit)
     return figure.update_yaxes(zeroline=True, range=[-limit, limit] if past else None)
 
@@ -90,19 +90,21 @@ def plot_sweep(result: SweepResult, by: By | None = None, *, layer: int | None =
     titles = [_plain(panel.title) for panel in panels]
     figure = make_subplots(1, len(panels), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.03)
     for column, panel in enumerate(panels, 1):
-        for series in panel.series:
-            figure.add_traces(list(_traces(panel, series, named=column == 1)), rows=1, cols=column)
+        for rank, series in sorted(
+            enumerate(panel.series), key=lambda item: item[1].own
+        ):  # what is drawn last is on top
+            figure.add_traces(list(_traces(panel, series, rank, named=column == 1)), rows=1, cols=column)
         draw_zero = figure.add_hline if panel.x == "layer" else figure.add_vline
-        draw_zero(0, col=column, line={"color": "black", "width": 0.6}, layer="below")
+        draw_zero(0, col=column, line={"color": "black", "width": 1}, layer="below")
         figure.update_xaxes(tickvals=panel.places[:: -(-len(panel.places) // 16)], col=column)
     figure.update_annotations(font_size=14)
     return _styled(figure, x=panels[0].x, height=420).update_yaxes(title=_plain(panels[0].ylabel), col=1)
 
 
-def _traces(panel: Panel, series: Series, *, named: bool) -> Iterator[go.Scatter]:
-    """The band of the intervals, and a line a vector, on top where it is the vector itself; hidden and shown together."""
-    name, order = _plain(series.label), 1 if series.own else 0
-    common: dict[str, Any] = {"legendgroup": name, "name": name, "zorder": order}
+def _traces(panel: Panel, series: Series, rank: int, *, named: bool) -> Iterator[go.Scatter]:
+    """The band of the intervals, and a line a vector; hidden and shown together."""
+    name = _plain(series.label)
+    common: dict[str, Any] = {"legendgroup": name, "name": name, "legendrank": rank}
     places, low, high = series.band.index.tolist(), series.band["low"].tolist(), series.band["high"].tolist()
     band: dict[str, Any] = {"x": places + places[::-1], "y": high + low[::-1], "mode": "lines", **common}
     if len(places) == 1:
@@ -237,7 +239,7 @@ def _heatmap(
     options = {"colorscale": DIVERGING, "colorbar": bar, "zmin": ends[0], "zmax": ends[1], **cells}
     names = list(map(str, rows))
     figure = go.Figure(go.Heatmap(z=values, x=columns, y=names, hovertemplate=f"{hover}<extra></extra>", **options))
-    figure.update_xaxes(type="category", nticks=MOST_TOKENS, showline=False)
+    figure.update_xaxes(type="category", nticks=MOST_TOKENS, tickangle=-90, showline=False)
     figure.update_yaxes(type="category", nticks=MOST_ROWS, showline=False)
     return figure.update_layout(plot_bgcolor="#DDDDDD")
 
@@ -247,7 +249,7 @@ def _along(figure: go.Figure, n: int) -> go.Figure:
     figure.update_xaxes(type="category", nticks=MOST_TOKENS, tickangle=-90, minallowed=-0.5, maxallowed=n - 0.5)
     if n > MOST_TOKENS:
         figure.update_xaxes(range=[-0.5, MOST_TOKENS - 0.5], rangeslider={"visible": True, "thickness": 0.12})
-        figure.update_yaxes(fixedrange=True).update_layout(dragmode="pan")
+        figure.update_yaxes(fixedrange=True).update_layout(dragmode="pan", height=figure.layout.height + 60)
     return figure
 
 

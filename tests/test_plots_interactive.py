@@ -31,13 +31,18 @@ SHOWN = [
 ]
 
 
+def in_order(figure, mode):
+    """The traces of a kind as the legend lists them; the vector itself is drawn last."""
+    return sorted((trace for trace in figure.data if trace.mode == mode), key=lambda trace: trace.legendrank)
+
+
 def lines_of(figure):
-    return [trace for trace in figure.data if trace.mode == "lines+markers"]
+    return in_order(figure, "lines+markers")
 
 
 def bands_of(figure):
     """Of each series x and its lowest and highest end, as the polygon has them."""
-    bands = [trace for trace in figure.data if trace.mode == "lines"]
+    bands = in_order(figure, "lines")
     half = len(bands[0].x) // 2
     for band in bands:
         assert list(band.x[:half]) == list(band.x[half:])[::-1]
@@ -127,13 +132,13 @@ def test_effects_by_layer_are_those_of_the_table():
     np.testing.assert_allclose(bands[0], own[["layer", "effect_low", "effect_high"]])
     random = effects[effects["vector"].str.startswith("random")].groupby("layer")
     np.testing.assert_allclose(bands[1][:, 1:], np.stack([random["effect_low"].min(), random["effect_high"].max()], 1))
-    assert [trace.name for trace in figure.data if trace.showlegend] == ["vector", "random (2)", "letter"]
+    assert [line.name for line in lines_of(figure) if line.showlegend] == ["vector", "random (2)", "letter"]
+    assert [trace.name for trace in figure.data[-2:]] == ["vector", "vector"]  # on top
     assert [line.line.color for line in lines_of(figure)] == [BLUE, GREY, GREY, ORANGE]
-    assert [line.zorder for line in lines_of(figure)] == [1, 0, 0, 0]
     assert "nats per token per unit of multiplier" in figure.layout.yaxis.title.text
     assert figure.layout.xaxis.title.text == "layer"
     assert figure.layout.annotations[0].text == "planted, n = 12"
-    assert "[%{customdata[1]:,.4~r}, %{customdata[2]:,.4~r}], n = %{customdata[3]}" in figure.data[1].hovertemplate
+    assert "[%{customdata[1]:,.4~r}, %{customdata[2]:,.4~r}], n = %{customdata[3]}" in lines_of(figure)[0].hovertemplate
 
 
 @pytest.mark.parametrize("metric", ["letter", "logprob"])
@@ -167,10 +172,10 @@ def test_each_system_prompt_has_a_panel_and_names_are_escaped():
         "system prompt: none<br>planted, n = 12",
         "system prompt: &lt;b&gt;polite<br>planted, n = 12",
     ]
-    assert [trace.name for trace in figure.data if trace.showlegend] == ["vector", "&lt;i&gt;other"]
+    assert [line.name for line in lines_of(figure) if line.showlegend] == ["vector", "&lt;i&gt;other"]
     assert {trace.xaxis for trace in figure.data} == {"x", "x2"}
     assert figure.layout.yaxis2.matches == "y"
-    assert lines_of(figure)[1].customdata[0][0] == "&lt;i&gt;other"
+    assert lines_of(figure)[-1].customdata[0][0] == "&lt;i&gt;other"
 
 
 def test_what_a_sweep_cannot_show_is_refused_alike():
