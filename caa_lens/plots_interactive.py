@@ -136,7 +136,11 @@ def plot_patch(result: PatchResult) -> go.Figure:
         result: of `patch`.
     """
     values, unit = result.shown
-    names, n, table = _tokens(result.positions, result.tokens), len(result.patched), result.to_pandas()
+    names = [  # spans, and positions whose tokens differ between pairs, have no token to show
+        token if token == str(position) else f"{position}: {one_line(token)}"
+        for position, token in zip(result.positions, result.tokens, strict=True)
+    ]
+    n, table = len(result.patched), result.to_pandas()
     errors = [f", standard error {se:.2g} ({n} pairs)" if n > 1 else "" for se in table["se"]]
     effects = [f"effect: {effect:.4g} logits{error}" for effect, error in zip(table["effect"], errors, strict=True)]
     notes = np.array(effects, dtype=object).reshape(values.shape)
@@ -253,12 +257,9 @@ def _along(figure: go.Figure, n: int) -> go.Figure:
     return figure
 
 
-def _tokens(places: Sequence[int | str], tokens: Sequence[str]) -> list[str]:
-    """Each token behind its place; a place that has no token of its own is named alone."""
-    return [
-        f"{place}: {one_line(token)}" if isinstance(place, int) and token != str(place) else one_line(token)
-        for place, token in zip(places, tokens, strict=True)
-    ]
+def _tokens(places: Sequence[int], tokens: Sequence[str]) -> list[str]:
+    """Each token behind its place, by which equal tokens are told apart."""
+    return [f"{place}: {one_line(token)}" for place, token in zip(places, tokens, strict=True)]
 
 
 def _ticks(names: Sequence[str]) -> list[str]:

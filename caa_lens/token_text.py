@@ -99,10 +99,10 @@ def one_line(token: str) -> str:
 
 
 @lru_cache(maxsize=16384)  # a text has few distinct tokens, and has them at every layer
-def _as_html(token: str) -> tuple[str, list[str]]:
+def _as_html(token: str) -> tuple[str, tuple[str, ...]]:
     """A token as HTML, and the classes that it has whatever its value."""
     text = html.escape(visible(token)).replace("\n", "<b></b>\n").replace("\t", "<u></u>\t")
-    return text, ([] if token else ["e"]) + (["h"] if any(map(_hidden, token)) else [])
+    return text, (() if token else ("e",)) + (("h",) if any(map(_hidden, token)) else ())
 
 
 @dataclass(frozen=True)

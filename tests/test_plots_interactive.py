@@ -118,6 +118,11 @@ def test_a_long_text_is_scrolled_and_quick(n_layers):
     assert "beyond the scale" in figure.layout.title.text
 
 
+def test_a_token_that_looks_like_its_place_is_shown():
+    (bars,) = plot_projection(projection([1.0, 2.0], ["0", "1"])).data
+    assert list(bars.customdata) == list(bars.x) == ["0: 0", "1: 1"]
+
+
 def test_effects_by_layer_are_those_of_the_table():
     result = swept()
     figure, effects = result.plot(interactive=True), result.effects()
