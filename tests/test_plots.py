@@ -154,7 +154,7 @@ def test_a_text_of_4000_tokens_is_drawn_at_once(layers):
     figure = plot_projection(projection(values.tolist(), [f" t{i}" for i in range(4000)], layers))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    assert time.process_time() - began < 2  # 0.4 s; a rectangle a token takes 5 s
+    assert time.process_time() - began < 3  # 0.4 and 0.9 s; a rectangle a token takes 5 s
     ax = figure.axes[0]
     assert len(ax.collections) + len(ax.images) + len(ax.patches) == 1
     assert len(ax.get_xticklabels()) <= 60
