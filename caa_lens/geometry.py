@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -58,8 +58,13 @@ class Similarity:
         table = self.to_pandas()
         return table.loc[a, b]
 
-    def plot(self, ax: Axes | None = None) -> Figure:
-        """Heat map of all cosines, the sets in blocks."""
+    def plot(self, ax: Axes | None = None, *, interactive: bool = False) -> Figure | Any:
+        """Heat map of all cosines, the sets in blocks; `interactive`: a plotly figure that names both vectors of a cell."""
+        if interactive:
+            from caa_lens import plots_interactive
+
+            plots_interactive.refuse_axis(ax)
+            return plots_interactive.plot_similarity(self)
         from caa_lens.plots_geometry import plot_similarity
 
         return plot_similarity(self, ax=ax)
@@ -127,8 +132,19 @@ class PCA:
         ]
         return pd.concat(parts, ignore_index=True)[["layer", "pair", "side", *names]]
 
-    def plot(self, layer: int | None = None, ax: Axes | None = None) -> Figure:
-        """The pairs along the first two components: one layer, or small multiples of all."""
+    def plot(self, layer: int | None = None, ax: Axes | None = None, *, interactive: bool = False) -> Figure | Any:
+        """The pairs along the first two components: one layer, or small multiples of all.
+
+        Args:
+            layer: which; all by default.
+            ax: where to draw one layer; a new figure by default.
+            interactive: a plotly figure that names the pair of a point, with a slider over the layers.
+        """
+        if interactive:
+            from caa_lens import plots_interactive
+
+            plots_interactive.refuse_axis(ax)
+            return plots_interactive.plot_pca(self, layer=layer)
         from caa_lens.plots_geometry import plot_pca
 
         return plot_pca(self, layer=layer, ax=ax)

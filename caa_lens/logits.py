@@ -195,8 +195,18 @@ class LogitLens:
                 rows += [{**where, "rank": r, "predicted": text, "probability": p} for r, text, p in named + ranked]
         return pd.DataFrame(rows)
 
-    def plot(self, ax: Axes | None = None) -> Figure:
-        """Table of the likeliest next token, layers by positions, coloured by its probability."""
+    def plot(self, ax: Axes | None = None, *, interactive: bool = False) -> Figure | Any:
+        """Table of the likeliest next token, layers by positions, coloured by its probability.
+
+        Args:
+            ax: where to draw; a new figure by default.
+            interactive: a plotly figure, with all the tokens that were kept and their probabilities where the mouse is.
+        """
+        if interactive:
+            from caa_lens import plots_interactive
+
+            plots_interactive.refuse_axis(ax)
+            return plots_interactive.plot_lens(self)
         from caa_lens.plots_geometry import plot_lens
 
         words = [[self._tokenizer.decode([int(i)]) for i in row] for row in self.top_ids[..., 0]]

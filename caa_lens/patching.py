@@ -104,15 +104,28 @@ class PatchResult:
             table["normalized"] = self.normalized.flatten().numpy()
         return table
 
-    def plot(self, ax: Axes | None = None) -> Figure:
-        """Heat map of layers and positions: the normalised effect, or the effect in logits where a vector was the source."""
+    @property
+    def shown(self) -> tuple[Float[Tensor, "layer position"], str]:
+        """What figures show, and its unit: the normalised effect, or the effect in logits where a vector was the source."""
+        if self.source is None:
+            return self.effect, "effect on the logit difference (logits)"
+        return self.normalized, "effect (0 = target, 1 = source)"
+
+    def plot(self, ax: Axes | None = None, *, interactive: bool = False) -> Figure | Any:
+        """Heat map of layers and positions: the normalised effect, or the effect in logits where a vector was the source.
+
+        Args:
+            ax: where to draw; a new figure by default.
+            interactive: a plotly figure, with the effect and its standard error where the mouse is.
+        """
+        if interactive:
+            from caa_lens import plots_interactive
+
+            plots_interactive.refuse_axis(ax)
+            return plots_interactive.plot_patch(self)
         from caa_lens.plots import plot_heatmap
 
-        values, unit = (
-            (self.effect, "effect on the logit difference (logits)")
-            if self.source is None
-            else (self.normalized, "effect (0 = target, 1 = source)")
-        )
+        values, unit = self.shown
         return plot_heatmap(
             values, self.layers, self.tokens, row_name="layer", column_name="position patched", unit=unit, ax=ax
         )

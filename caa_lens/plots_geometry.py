@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from caa_lens.geometry import PCA, Norms, Similarity
     from caa_lens.separation import Separability
 
+SIDES = (("positive", BLUE, "o"), ("negative", ORANGE, "^"))
+
 
 def plot_lens(
     probabilities: Float[Tensor, "layer position"],
@@ -88,16 +90,12 @@ def plot_pca(pca: PCA, *, layer: int | None = None, ax: Axes | None = None) -> F
     Raises:
         InputError: a layer that is not there, an axis for several layers, or fewer than two components.
     """
-    if pca.explained.shape[1] < 2:
-        raise InputError("a plot needs two components; make them with pca(..., n_components=2).")
-    if layer is not None and layer not in pca.layers:
-        raise InputError(f"layer {layer} is not in this PCA; there are {', '.join(map(str, pca.layers))}.")
-    rows = range(len(pca.layers)) if layer is None else [pca.layers.index(layer)]
+    rows = pca_rows(pca, layer)
     if len(rows) == 1:
         with canvas(ax, 4.6, 3.9) as (figure, (axis,)):
             _scatter(pca, rows[0], axis, size=18)
-            share = [f"PC{i + 1} ({float(pca.explained[rows[0], i]):.0%} of variance)" for i in range(2)]
-            axis.set(xlabel=share[0], ylabel=share[1])
+            _, xlabel, ylabel = pca_names(pca, rows[0])
+            axis.set(xlabel=xlabel, ylabel=ylabel)
             axis.legend()
         return figure
     if ax is not None:
@@ -118,12 +116,31 @@ def plot_pca(pca: PCA, *, layer: int | None = None, ax: Axes | None = None) -> F
     return figure
 
 
+def pca_rows(pca: PCA, layer: int | None) -> list[int]:
+    """The row of a layer, or all rows.
+
+    Raises:
+        InputError: a layer that is not there, or fewer than two components.
+    """
+    if pca.explained.shape[1] < 2:
+        raise InputError("a plot needs two components; make them with pca(..., n_components=2).")
+    if layer is not None and layer not in pca.layers:
+        raise InputError(f"layer {layer} is not in this PCA; there are {', '.join(map(str, pca.layers))}.")
+    return list(range(len(pca.layers))) if layer is None else [pca.layers.index(layer)]
+
+
+def pca_names(pca: PCA, row: int) -> tuple[str, str, str]:
+    """The title of a layer's scatter and the names of its axes, with the share of variance of each."""
+    first, second = pca.explained[row, :2].tolist()
+    title = f"layer {pca.layers[row]}: {first + second:.0%} of variance"
+    return title, f"PC1 ({first:.0%} of variance)", f"PC2 ({second:.0%} of variance)"
+
+
 def _scatter(pca: PCA, row: int, ax: Axes, *, size: float, title_size: float = 9) -> None:
-    sides = (("positive", pca.positive, BLUE, "o"), ("negative", pca.negative, ORANGE, "^"))
-    for name, points, color, marker in sides:
-        x, y = points[row, :, 0].numpy(), points[row, :, 1].numpy()
-        ax.scatter(x, y, s=size, c=color, marker=marker, alpha=0.7, linewidths=0, label=name)
-    ax.set_title(f"layer {pca.layers[row]}: {float(pca.explained[row, :2].sum()):.0%} of variance", size=title_size)
+    for side, color, marker in SIDES:
+        x, y = getattr(pca, side)[row, :, :2].T.numpy()
+        ax.scatter(x, y, s=size, c=color, marker=marker, alpha=0.7, linewidths=0, label=side)
+    ax.set_title(pca_names(pca, row)[0], size=title_size)
 
 
 def plot_separability(separability: Separability, *, ax: Axes | None = None) -> Figure:

@@ -19,6 +19,8 @@ from caa_lens.token_text import TokenLine, check_limit, fragment, number, page
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Measure = Literal["dot", "cosine", "component"]
 UNITS: Mapping[str, str] = {"dot": "x · v", "cosine": "cosine of x and v", "component": "x · v / |v|²"}
@@ -120,8 +122,18 @@ class Projection:
             }
         )
 
-    def plot(self, ax: Any = None) -> Any:
-        """A figure: the values over the tokens, or a heat map of layer x token; see `caa_lens.plots.plot_projection`."""
+    def plot(self, ax: Axes | None = None, *, interactive: bool = False) -> Figure | Any:
+        """A figure: the values over the tokens, or a heat map of layer x token; see `caa_lens.plots.plot_projection`.
+
+        Args:
+            ax: where to draw; a new figure by default.
+            interactive: a plotly figure, with every token's text and number where the mouse is, and a slider along a long text.
+        """
+        if interactive:
+            from caa_lens import plots_interactive
+
+            plots_interactive.refuse_axis(ax)
+            return plots_interactive.plot_projection(self)
         from caa_lens.plots import plot_projection
 
         return plot_projection(self, ax=ax)
@@ -130,7 +142,7 @@ class Projection:
         """The tokens coloured by value, one text a layer.
 
         Args:
-            limit: value of full colour; left out, each layer's own, from its larger values.
+            limit: value of full colour; left out, each layer's own, that of `plot` for this layer alone.
 
         Raises:
             InputError: the limit is not above zero.
@@ -156,9 +168,8 @@ class Projection:
             return
         console = Console(highlight=False)
         for line in lines:
-            console.print(
-                f"{line.title}; blue -{number(line.scale)}, orange +{number(line.scale)}", markup=False, soft_wrap=True
-            )
+            scale = f"blue -{number(line.scale)}, orange +{number(line.scale)}"
+            console.print("; ".join(filter(None, [line.title, scale, line.outside])), markup=False, soft_wrap=True)
             console.print(line.rich, soft_wrap=True)
 
     def _repr_html_(self) -> str:

@@ -1,6 +1,7 @@
 r"""Tokens as text, and as coloured text for notebooks, files and terminals.
 
-    colour of a token = value / limit, cut to [-1, 1], in 8 steps on either side of zero: orange above, blue below
+    colour of a token = value / limit, cut to [-1, 1], in 8 steps on either side of zero: orange above, blue below; the limit is
+                        that of the figures (`caa_lens.scale`)
 
 What is shown is the text itself, character by character: white space is kept and marked, a token that holds only a part of a
 character is drawn as a mark in front of the character, and characters that a reader would not see or that reorder text
@@ -14,16 +15,22 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from rich.text import Text
 
 from caa_lens.errors import InputError
+from caa_lens.scale import beyond, diverging_limit
 
 STEPS = 8
 """Shades on either side of zero; a class name a token is a tenth of the HTML that a style a token would be."""
 WARM, COLD, GREY = (236, 118, 18), (52, 126, 240), (150, 150, 150)
 """Orange and blue are told apart by every kind of colour vision; half transparent, they suit light and dark pages."""
+SIGNS = str.maketrans(
+    {" ": "\N{OPEN BOX}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"}
+)
+"""What stands for white space where a token is a label."""
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
@@ -45,16 +52,6 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
             texts[index] = text[len(known) :]
             before, start = start, index + 1
     return tuple(texts)
-
-
-def colour_limit(values: Sequence[float]) -> float:
-    """The value of full colour: the 98th percentile of |value|, so that one extreme token (the first one often is) does not
-    leave the others pale.
-    """
-    sizes = sorted(abs(value) for value in values if math.isfinite(value))
-    if not sizes:
-        return 1.0
-    return sizes[int(0.98 * (len(sizes) - 1))] or sizes[-1] or 1.0
 
 
 def number(value: float) -> str:
@@ -96,6 +93,18 @@ def visible(text: str) -> str:
     return "".join(_escape(character) if _hidden(character) else character for character in text)
 
 
+def one_line(token: str) -> str:
+    """A token as a label: white space and unseen characters shown, a dot where it has no text."""
+    return visible(token).translate(SIGNS) or "\N{MIDDLE DOT}"
+
+
+@lru_cache(maxsize=16384)  # a text has few distinct tokens, and has them at every layer
+def _as_html(token: str) -> tuple[str, tuple[str, ...]]:
+    """A token as HTML, and the classes that it has whatever its value."""
+    text = html.escape(visible(token)).replace("\n", "<b></b>\n").replace("\t", "<u></u>\t")
+    return text, (() if token else ("e",)) + (("h",) if any(map(_hidden, token)) else ())
+
+
 @dataclass(frozen=True)
 class TokenLine:
     """One coloured text.
@@ -103,7 +112,7 @@ class TokenLine:
     Attributes:
         title: what is shown.
         tokens, values, special: of each token its text, its value, and whether it is one of the tokenizer's special ones.
-        limit: value of full colour; chosen by `colour_limit` if None.
+        limit: value of full colour; that of `caa_lens.scale` if None.
     """
 
     title: str
@@ -115,7 +124,12 @@ class TokenLine:
     @property
     def scale(self) -> float:
         """The value of full colour."""
-        return self.limit or colour_limit(self.values)
+        return self.limit or diverging_limit(self.values)
+
+    @property
+    def outside(self) -> str:
+        """What lies beyond the scale, in words; empty where nothing does."""
+        return beyond(self.values, self.scale)
 
     @property
     def html(self) -> str:
@@ -125,10 +139,9 @@ class TokenLine:
             step = shade(value, limit)
             names = [f"{'p' if step > 0 else 'n'}{abs(step)}"] if step else []
             names += ["s"] if special else []
-            names += ["e"] if not token else []
-            names += ["h"] if any(map(_hidden, token)) else []
+            text, own = _as_html(token)
+            names += own
             kind = f' class="{" ".join(names)}"' if names else ""
-            text = html.escape(visible(token)).replace("\n", "<b></b>\n").replace("\t", "<u></u>\t")
             spans.append(f'<span{kind} title="{index}: {number(value)}">{text}</span>')
         return f"<pre>{''.join(spans)}</pre>"
 
@@ -136,14 +149,15 @@ class TokenLine:
     def legend(self) -> str:
         """The scale, as HTML."""
         limit = number(self.scale)
-        return f'<span class="caa-scale">&minus;{limit}<i></i>+{limit}</span>'
+        outside = f" <small>{self.outside}</small>" if self.outside else ""
+        return f'<span class="caa-scale">&minus;{limit}<i></i>+{limit}</span>{outside}'
 
     @property
     def rich(self) -> Text:
         """The same for a terminal, on opaque shades in which black text is readable whatever the background."""
-        line = Text()
+        limit, line = self.scale, Text()
         for token, value, special in zip(self.tokens, self.values, self.special, strict=True):
-            step = shade(value, self.scale)
+            step = shade(value, limit)
             colour = ""
             if step:
                 share = abs(step) / STEPS

@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom, and what they store is what a run gives."""
 
 import re
+import time
 from pathlib import Path
 
 import nbformat
@@ -9,6 +10,7 @@ from conftest import has_hooked
 from run_notebooks import execute
 
 PATHS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+SPENT: dict[str, float] = {}
 NUMBER = re.compile(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?")
 
 
@@ -46,8 +48,11 @@ def test_stored_outputs_are_of_one_clean_run(path):
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_run_gives_the_stored_outputs(path, tmp_path):
     """Words are compared under TransformerLens 3, which the outputs were stored with: the same up to numbers; kinds always."""
+    began = time.perf_counter()
     stored, run = (code_cells(book) for book in (nbformat.read(path, as_version=4), execute(path, tmp_path)))
+    SPENT[path.stem] = time.perf_counter() - began
     for before, now in zip(stored, run, strict=True):
         assert kinds(now) == kinds(before), now.source
         if has_hooked():
             assert words(now) == words(before), now.source
+    assert sum(SPENT.values()) < 600, f"the notebooks together take less than ten minutes; these took {SPENT}"

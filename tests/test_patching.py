@@ -48,12 +48,17 @@ def put(layer, position, new, *, add=False):
 
 def test_all_of_the_source_is_the_source_and_nothing_is_the_target(model):
     options = {"answers": ANSWERS, "positions": slice(None), "progress": False}
-    source, target = (difference(model, logits_of(model, ids_of(model, text))) for text in (SOURCE, TARGET))
-    for window in (1, 2, 3):
-        result = caa.patch(model, SOURCE, TARGET, window=window, **options)
-        torch.testing.assert_close(result.patched, torch.full((1, 3, 1), source), **CLOSE)
-        torch.testing.assert_close(result.target, torch.tensor([target]), **CLOSE)
-        torch.testing.assert_close(result.normalized, torch.ones(3, 1), **CLOSE)
+    for answers in (
+        ANSWERS,
+        ("a", "b"),
+        ("No", "7"),
+    ):  # the logits themselves, up to the constant that no difference sees
+        source, target = (difference(model, logits_of(model, ids_of(model, t)), answers) for t in (SOURCE, TARGET))
+        for window in (1, 2, 3):
+            result = caa.patch(model, SOURCE, TARGET, window=window, **{**options, "answers": answers})
+            torch.testing.assert_close(result.patched, torch.full((1, 3, 1), source), **CLOSE)
+            torch.testing.assert_close(result.target, torch.tensor([target]), **CLOSE)
+            torch.testing.assert_close(result.normalized, torch.ones(3, 1), **CLOSE)
     nothing = caa.patch(model, TARGET, TARGET, **options)
     assert torch.equal(nothing.patched, nothing.target.expand(1, 3, 1).contiguous())
     with pytest.raises(caa.InputError, match="the same logit difference"):

@@ -1,15 +1,11 @@
-"""Projections equal plain dot products however the tokens are run, and the coloured text is the text."""
-
-import sys
-import types
-from html.parser import HTMLParser
+"""Projections equal plain dot products however the tokens are run."""
 
 import pytest
 import torch
+from test_plots import heights
 
 import caa_lens as caa
 from caa_lens.models import watch_inputs
-from caa_lens.token_text import STEPS, TokenLine, shade, token_texts
 
 QUESTIONS = ["Hi?", "What is the meaning of all this?", "Where did you go to yesterday?"]
 TURNS = [
@@ -18,37 +14,7 @@ TURNS = [
     {"role": "user", "content": "Well?"},
     {"role": "assistant", "content": "So <b>it</b> is."},
 ]
-NASTY = "<script>alert('x')</script> &amp; \"q\"\n\tnaïve 🧑‍🚀 שלום \x1b[31m \u202e end  "
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
-
-
-class Spans(HTMLParser):
-    """Texts and titles of the token spans; any other element that a token could have smuggled in is collected."""
-
-    def __init__(self):
-        super().__init__()
-        self.texts, self.titles, self.classes, self.elements, self.inside = [], [], [], [], False
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append(tag)
-        self.inside = self.inside or tag == "pre"
-        if tag == "span" and self.inside:
-            self.texts.append("")
-            self.titles.append(dict(attrs)["title"])
-            self.classes.append(dict(attrs).get("class", "").split())
-
-    def handle_endtag(self, tag):
-        self.inside = self.inside and tag != "pre"
-
-    def handle_data(self, data):
-        if self.inside:
-            self.texts[-1] += data
-
-    @classmethod
-    def of(cls, html):
-        parser = cls()
-        parser.feed(html)
-        return parser
 
 
 def residuals(model, ids, layers, **options):
@@ -219,111 +185,10 @@ def test_hooks_before_are_seen_and_nothing_is_left(model, vectors):
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
-@pytest.mark.parametrize("text", [NASTY, "Hi 你好 🧑‍🚀🧑‍🚀.", "\N{REPLACEMENT CHARACTER} a \N{REPLACEMENT CHARACTER}"])
-def test_joined_token_texts_are_the_text(byte_tokenizer, text):
-    ids = byte_tokenizer.encode(text, add_special_tokens=False)
-    texts = token_texts(byte_tokenizer, ids)
-    assert "".join(texts) == text
-    assert len(texts) == len(ids)
-
-
-def test_token_texts_of_sentencepiece_keep_their_spaces(llama_tokenizer):
-    text = "[INST] Why is 你 the   sky\nblue 🧑‍🚀? [/INST] Because."
-    ids = llama_tokenizer.encode(text)
-    texts = token_texts(llama_tokenizer, ids)
-    assert "".join(texts) == llama_tokenizer.decode(ids, skip_special_tokens=False)
-    assert "".join(texts[1:]).strip() == text
-    assert " the" in texts
-
-
-def test_a_cut_character_stays_visible(byte_tokenizer):
-    ids = byte_tokenizer.encode("a🧑", add_special_tokens=False)[:-1]
-    assert "".join(token_texts(byte_tokenizer, ids)) == "a\N{REPLACEMENT CHARACTER}"
-
-
-def test_the_coloured_text_is_exactly_the_text(model, vectors, tmp_path):
-    projection = caa.project(model, vectors[1], NASTY)
-    prompt = caa.ChatTemplate().encode(model.tokenizer, NASTY).text
-    assert "".join(projection.tokens) == prompt
-    projection.save_html(tmp_path / "out" / "p.html")
-    for html in (projection._repr_html_(), (tmp_path / "out" / "p.html").read_text(encoding="utf-8")):
-        spans = Spans.of(html)
-        shown = prompt.replace("\x1b", r"\x1b").replace("\u202e", r"\u202e").replace("\u200d", r"\u200d")
-        assert "".join(spans.texts) == shown
-        assert len(spans.texts) == len(projection.tokens)
-        assert "<script" not in html
-        assert not set(spans.elements) & {"script", "a", "img"}
-        assert [texts for texts, names in zip(spans.texts, spans.classes, strict=True) if "s" in names] == [
-            "<|im_start|>",
-            "<|im_end|>",
-            "<|im_start|>",
-        ]
-    for index, (title, value) in enumerate(zip(spans.titles, projection.values.tolist(), strict=True)):
-        place, _, shown = title.partition(": ")
-        assert int(place) == index
-        assert float(shown.replace(",", "")) == pytest.approx(value, rel=0.01)
-
-
-def test_colours_are_symmetric_and_bounded():
-    line = TokenLine("t", ["a", "b", "c", "d"], [-2.0, 0.0, 2.0, float("nan")], [False] * 4, limit=2.0)
-    assert Spans.of(line.html).classes == [[f"n{STEPS}"], [], [f"p{STEPS}"], []]
-    assert [shade(value, 4.0) for value in (-400, -4, -2, 0, 2, 4, 400)] == [-8, -8, -4, 0, 4, 8, 8]
-    assert TokenLine("t", ["a"] * 3, [0.0] * 3, [False] * 3).scale == 1.0
-    assert (
-        TokenLine("t", ["a"] * 101, [1.0] * 100 + [1000.0], [False] * 101).scale == 1.0
-    )  # one sink leaves the rest seen
-
-
-def test_several_layers_open_and_close(model, vectors):
-    spans = Spans.of(caa.project(model, vectors, "Hi?")._repr_html_())
-    assert spans.elements.count("details") == 3
-    assert len(spans.texts) == 3 * len(caa.project(model, vectors, "Hi?").tokens)
-
-
-def test_show_in_a_notebook_and_in_a_terminal(model, vectors, monkeypatch, capsys):
-    projection = caa.project(model, vectors[1], NASTY)
-    monkeypatch.delitem(sys.modules, "IPython", raising=False)
-    projection.show()
-    out = capsys.readouterr().out
-    assert "<script>" in out
-    assert "\x1b" not in out
-    shown = []
-    stub = types.ModuleType("IPython")
-    stub.get_ipython = lambda: types.SimpleNamespace(kernel=True)
-    stub.display = types.ModuleType("IPython.display")
-    stub.display.display = lambda data, raw: shown.append(data["text/html"])
-    monkeypatch.setitem(sys.modules, "IPython", stub)
-    monkeypatch.setitem(sys.modules, "IPython.display", stub.display)
-    projection.show(limit=3.0)
-    assert "+3<" in shown[0]
-    assert Spans.of(shown[0]).texts == Spans.of(projection._repr_html_()).texts
-
-
-def test_a_long_text_is_small_html(model, vectors):
-    """4,000 tokens: under 250 kB a layer, so that a notebook stays small and quick."""
-    one = caa.project(model, vectors[1], "Hi? " * 90)
-    repeat = 4000 // len(one.tokens) + 1
-    line = TokenLine("t", one.tokens * repeat, one.values.tolist() * repeat, one.special * repeat)
-    assert len(line.tokens) >= 4000
-    assert len(line.html) < 250_000
-
-
-def test_save_html_is_whole_or_absent(model, vectors, tmp_path):
-    projection = caa.project(model, vectors[1], "Hi?")
-    path = tmp_path / "p.html"
-    path.write_text("before")
-    with pytest.raises(caa.InputError, match="above zero"):
-        projection.save_html(path, limit=0)
-    assert path.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_plot_draws_a_bar_a_token_or_a_cell_a_layer_and_token(model, vectors):
     one, several = caa.project(model, vectors[1], "Hi?"), caa.project(model, vectors, "Hi?")
-    heights = [bar.get_height() for bar in one.plot().axes[0].patches]
-    assert heights == pytest.approx(one.values.tolist(), rel=1e-5)
-    drawn = several.plot().axes[0]
-    cells = [*drawn.images, *drawn.collections][0].get_array()
+    assert heights(one.plot().axes[0]) == pytest.approx(one.values.tolist(), rel=1e-5)
+    cells = several.plot().axes[0].images[0].get_array()
     assert cells.flatten().tolist() == pytest.approx(several.values.flatten().tolist(), rel=1e-5)
 
 

@@ -94,9 +94,24 @@ class SweepResult:
         return self.finding().words
 
     def plot(
-        self, by: Literal["layer", "multiplier"] | None = None, *, layer: int | None = None, ax: Axes | None = None
-    ) -> Figure:
-        """A figure of the effects by layer, or of the scores by multiplier at one layer; see `caa_lens.plots.plot_sweep`."""
+        self,
+        by: Literal["layer", "multiplier"] | None = None,
+        *,
+        layer: int | None = None,
+        ax: Axes | None = None,
+        interactive: bool = False,
+    ) -> Figure | Any:
+        """A figure of the effects by layer, or of the scores by multiplier at one layer; see `caa_lens.plots.plot_sweep`.
+
+        Args:
+            by, layer, ax: as there.
+            interactive: a plotly figure, with the number and interval where the mouse is, and a legend that hides and shows.
+        """
+        if interactive:
+            from caa_lens import plots_interactive
+
+            plots_interactive.refuse_axis(ax)
+            return plots_interactive.plot_sweep(self, by, layer=layer)
         from caa_lens.plots import plot_sweep
 
         return plot_sweep(self, by, layer=layer, ax=ax)
