@@ -94,7 +94,7 @@ def slopes(
     return (centred[:, None] * values).sum(0) / (centred**2).sum()
 
 
-def interval_alpha(units: Sequence[Float[np.ndarray, " rating"]]) -> float:
+def interval_alpha(units: Sequence[Float[np.ndarray, " _"]]) -> float:
     """Krippendorff's alpha for interval data: how far ratings of the same unit agree, beyond chance.
 
         alpha = 1 - D_o / D_e
