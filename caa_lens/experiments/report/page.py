@@ -86,18 +86,27 @@ def _shown(section: Section) -> dict[str, Any]:
         "status": section.status,
         "lines": section.words.split("\n"),
         "figures": figures,
-        "tables": [(name.replace("_", " "), len(table), _table(table)) for name, table in section.tables.items()],
+        "tables": {name.replace("_", " "): _table(table) for name, table in section.tables.items()},
         "html": section.html,
         "notes": section.notes,
     }
 
 
-def _table(table: pd.DataFrame) -> str:
-    return table.head(LONGEST_TABLE).to_html(index=False, border=0, float_format=lambda x: f"{x:.3f}", na_rep="")
+def _table(table: pd.DataFrame) -> dict[str, Any]:
+    """The first rows as text; which columns are numbers decides how they are set."""
+    numbers = [pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_bool_dtype(kind) for kind in table.dtypes]
+    rows = [[_cell(value) for value in row] for row in table.head(LONGEST_TABLE).itertuples(index=False)]
+    return {"columns": list(zip(table.columns, numbers, strict=True)), "rows": rows, "n": len(table)}
 
 
-def _published(study: dict[str, Any]) -> list[tuple[str, str]]:
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _published(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The authors' numbers as tables, where their results were given."""
     if study["published"] is None:
-        return []
-    return [(name, _table(table)) for name, table in published_numbers(study["published"]).items()]
+        return {}
+    return {name: _table(table) for name, table in published_numbers(study["published"]).items()}
