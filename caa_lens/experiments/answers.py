@@ -26,7 +26,7 @@ from caa_lens.experiments.grid import grid_logprobs
 from caa_lens.experiments.runs import UNSTEERED, Setting, describe_run, settings_for
 from caa_lens.experiments.scoring import completion_text
 from caa_lens.experiments.store import ItemStore
-from caa_lens.experiments.sweep import under_systems
+from caa_lens.experiments.sweep import System, under_systems
 from caa_lens.files import digest
 from caa_lens.hooks import template_for
 from caa_lens.models import Model, describe, tokenizer_of
@@ -48,7 +48,7 @@ def answers(
     *,
     layers: int | Sequence[int] | None = None,
     multipliers: Sequence[float] = (-1.0, 0.0, 1.0),
-    systems: Mapping[str, str | None] | None = None,
+    systems: Mapping[str, System] | None = None,
     controls: bool | int = False,
     others: Mapping[str, VectorSet] | None = None,
     max_new_tokens: int = 64,
