@@ -13,6 +13,7 @@ from caa_lens.experiments.judges.base import Judge
 from caa_lens.experiments.judges.local import LocalJudge
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.section import OF_FINDING, Section
+from caa_lens.vector_set import VectorSet
 
 SHOWN = 3
 """Questions whose answers are shown."""
@@ -27,7 +28,11 @@ def judged_answers(lab: Lab, behaviour: str) -> Section:
         v,
         lab.open_questions(behaviour),
         multipliers=(-1.0, 0.0, 1.0),
-        controls=1,
+        # One control of each kind: writing is slow.
+        others={
+            "random-0": VectorSet([v.random_control(seed=study.seed)]),
+            "shuffled-0": VectorSet([v.controls["shuffled-0"]]),
+        },
         max_new_tokens=study.max_new_tokens,
         batch_size=study.batch_size,
         seed=study.seed,

@@ -101,8 +101,9 @@ def _prose() -> Path:
 
 
 @torch.no_grad()
-def zero_cost(lab: Lab, behaviour: str) -> Section:
-    """A baked vector gives the logits of one added by hooks at all positions, and costs no time."""
+def zero_cost(lab: Lab) -> Section:
+    """A baked vector gives the logits of one added by hooks at all positions, and costs no time; of the first behaviour."""
+    behaviour = lab.study.behaviours[0]
     model, v = lab.model, lab.vector(behaviour)
     baked, prompts = bake(model, v), lab.open_questions(behaviour)[:4]
     worst = max(_difference(model, baked, v, prompt) for prompt in prompts)

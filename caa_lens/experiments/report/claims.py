@@ -76,7 +76,7 @@ CLAIMS = (
         8,
         "No cost at inference",
         "A vector added at all positions is a bias: it can be baked into the weights and then costs nothing.",
-        zero_cost,
+        all_together=zero_cost,
     ),
     Claim(9, "Logit lens", "Steering changes what intermediate streams predict, from its layer on.", lens),
     Claim(

@@ -20,8 +20,6 @@ from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.study import Study
 from caa_lens.models import Model, describe, device_of, pad, run, tokenizer_of
 
-CARRIED = 3
-"""Shuffled-label controls that a vector brings; lettered ones bring two more."""
 CALIBRATION = (8, 96)
 """Rows and tokens of the batch that measures the speed."""
 
@@ -52,7 +50,7 @@ def _of_behaviour(lab: Lab, study: Study, name: str) -> dict[int, float]:
     steered = (1 if lettered else answer) + 2
     n_layers, report, choose = lab.n_layers(), len(pairs.report), len(pairs.choose)
     swept = len(range(0, n_layers, study.layer_step))
-    beside = 1 + study.controls + CARRIED + (2 if lettered else 0)
+    beside = 1 + study.controls + study.shuffles + (2 if lettered else 0)
     settings, systems, half = len(study.multipliers) - 1, 3, 0.5
 
     def sweep(items: int, branches: float, shared: float = prompt) -> float:
@@ -61,9 +59,7 @@ def _of_behaviour(lab: Lab, study: Study, name: str) -> dict[int, float]:
     extraction = (len(pairs.train) + report) * (prompt + 2 * answer)
     examples = 4 if study.examples is None else study.examples
     few_shot = prompt * (1 + examples) + examples * answer
-    generated = (
-        study.questions * 3 * 3 * (prompt + study.max_new_tokens * 4)
-    )  # a decoding step is worth about four tokens
+    generated = study.questions * 7 * (prompt + study.max_new_tokens * 4)  # a decoding step is worth about four tokens
     asked = study.capability or (1400 if study.data else 48)
     return {
         1: extraction + sweep(choose, swept * 2 * beside),
@@ -75,7 +71,7 @@ def _of_behaviour(lab: Lab, study: Study, name: str) -> dict[int, float]:
         5: asked * (prompt + 2 * 6 * 3) + 500 * 12,
         6: sweep(choose, swept * 2),
         7: 4 * report * (prompt + answer),
-        8: 6 * 3 * 4 * (prompt + 24 * 4),
+        8: 6 * 3 * 4 * (prompt + 24 * 4) if name == study.behaviours[0] else 0,
         9: 3 * prompt,
         10: sweep(report, 2 * (len(study.behaviours) + 5)) * (4 if lettered else 1),
     }

@@ -145,7 +145,13 @@ class Lab:
                 progress=self.progress,
             )
             on_main(lambda: found.save(file))
-        return load_vectors(file)
+        return load_vectors(file).map(self._with_study_controls)
+
+    def _with_study_controls(self, v: SteeringVector) -> SteeringVector:
+        """The vector with as many of its shuffled-label controls as the study runs."""
+        kept = {f"shuffled-{k}" for k in range(self.study.shuffles)}
+        chosen = {name: c for name, c in v.controls.items() if name in kept or not name.startswith("shuffled-")}
+        return replace(v, controls=chosen)
 
     def activations(self, behaviour: str, part: str) -> Path:
         """Where the activations of a behaviour's pairs are kept: `"train"` or `"held-out"`."""

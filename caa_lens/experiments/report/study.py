@@ -40,7 +40,8 @@ class Study:
         layer: the layer to steer at; None has it chosen by the layer sweep. Given, all held-out pairs report.
         layer_step: sweep every so many layers.
         multipliers: of the dose-response curves.
-        controls: random directions; the shuffled and letter vectors are always run.
+        controls: random directions.
+        shuffles: vectors of shuffled labels, up to 3; the letter vectors of lettered pairs are always run.
         normalize: give all behaviours' vectors one norm a layer, as the paper does.
         published_score: report the authors' formula of the score too.
         questions: open questions a behaviour; 0 leaves out generated answers.
@@ -69,6 +70,7 @@ class Study:
     layer_step: int = 1
     multipliers: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
     controls: int = 3
+    shuffles: int = 3
     normalize: bool = False
     published_score: bool = False
     questions: int = 20
@@ -96,6 +98,8 @@ class Study:
             raise InputError(
                 f"held_out={self.held_out}: half of them choose a layer and half report it; give at least 4."
             )
+        if not 1 <= self.shuffles <= 3:
+            raise InputError(f"shuffles={self.shuffles}: vectors carry 3 of shuffled labels; give 1 to 3.")
         for name in ("layer_step", "max_new_tokens", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1.")
