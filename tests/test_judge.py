@@ -4,6 +4,7 @@ import _thread
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -259,7 +260,15 @@ def test_a_dying_endpoint_loses_nothing_and_nothing_is_asked_twice(serve, tmp_pa
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_an_interrupt_keeps_what_is_under_way(serve, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Interrupts are heard, also in a process that was started in the background, where a shell has them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_keeps_what_is_under_way(serve, tmp_path, interruptible):
     def reply(text, attempt):
         if len(server.requests) == 5:
             _thread.interrupt_main()

@@ -189,7 +189,7 @@ def test_presets_and_files(tmp_path):
         ("model: m\nbehaviours: [formality]\nfinetune: [sentiment]", "not among the study's behaviours"),
     ],
 )
-def test_studies_that_are_refused(text, message, tmp_path):
+def test_studies_that_are_refused(text, message, tmp_path, unchecked):
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     with pytest.raises(caa.CaaLensError, match=re.escape(message)):

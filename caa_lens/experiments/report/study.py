@@ -85,10 +85,6 @@ class Study:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
         for name, allowed in get_type_hints(type(self)).items():
             _check_kind(name, getattr(self, name), allowed)
         unknown = set(self.claims) - set(CLAIMS)
@@ -201,8 +197,8 @@ def study_from(settings: Any, origin: str, **changes: Any) -> Study:
     unknown = [key for key in settings if key not in allowed]
     if unknown:
         raise InputError(f"{origin}: unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}.")
-    given = {name: value for name, value in changes.items() if value is not None}
-    return Study(**{**settings, **given})
+    given = {**settings, **{name: value for name, value in changes.items() if value is not None}}
+    return Study(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def study_of(source: str | None, model: str | None, **changes: Any) -> Study:
