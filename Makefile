@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/caa-lens demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(if $(ONLY),-m '$(ONLY)')
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
