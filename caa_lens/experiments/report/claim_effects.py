@@ -9,7 +9,7 @@ from caa_lens.experiments.report.section import OF_FINDING, Section
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.scoring import MetricName
 
-PAPER = "13 of 32 layers for Llama-2 7B: 41% of the depth"
+PAPER = "layer 13 of 32 for Llama-2 7B, 44%"
 
 
 def by_layer(lab: Lab, behaviour: str) -> Section:
