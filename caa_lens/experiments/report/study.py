@@ -198,7 +198,8 @@ def study_from(settings: Any, origin: str, **changes: Any) -> Study:
     if unknown:
         raise InputError(f"{origin}: unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}.")
     given = {**settings, **{name: value for name, value in changes.items() if value is not None}}
-    return Study(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    made: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return Study(**made)
 
 
 def study_of(source: str | None, model: str | None, **changes: Any) -> Study:
