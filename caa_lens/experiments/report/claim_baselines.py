@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from caa_lens.experiments.baselines import SIDES, Side, additivity, prompting
+from caa_lens.experiments.baselines import SIDES, AdditivityResult, Side, additivity, prompting
 from caa_lens.experiments.finetuning import finetune
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.section import NotRun, Section, Status, together
@@ -34,12 +34,27 @@ def prompting_baselines(lab: Lab, behaviour: str) -> Section:
         f"{row.system}: {row.effect:+.3f} [{row.effect_low:+.3f}, {row.effect_high:+.3f}]" for row in own.itertuples()
     )
     added = additivity(result)
-    words = f"Effect of the vector per unit of multiplier under each way of prompting, in nats: {by_way}.\n{added.verdict()}"
+    words = (
+        f"Effect of the vector per unit of multiplier under each way of prompting, in nats: {by_way}.\n{_summed(added)}"
+    )
     tables = {"scores": result.to_pandas(), "effects": effects, "additivity": added.to_pandas()}
     notes = (
         "The status asks whether the vector's effect is above zero under every way of prompting; controls stand in claim 2.",
     )
     return Section(status, words, tables, {"additivity": added.plot()}, notes=notes)
+
+
+def _summed(added: AdditivityResult) -> str:
+    """How many combinations of a way of prompting and a multiplier add up, in the metric's own unit; the table has each."""
+    table = added.to_pandas()
+    own = table[(table["vector"] == "vector") & (table["measure"] == "value")]
+    sums = own[(own["interaction_low"] <= 0) & (own["interaction_high"] >= 0)]
+    largest = own.loc[own["interaction"].abs().idxmax()]
+    return (
+        f"Prompt and vector add up, within the interval, in {len(sums)} of {len(own)} combinations; the largest interaction is "
+        f"{largest['interaction']:+.3f} [{largest['interaction_low']:+.3f}, {largest['interaction_high']:+.3f}] "
+        f"{added.metric.unit}, of {largest['system']!r} with multiplier {largest['multiplier']:+g}."
+    )
 
 
 def fine_tuning(lab: Lab) -> Section:
