@@ -249,7 +249,7 @@ def as_markdown(table: Mapping[str, Mapping[str, str]], repeats: int) -> str:
     lines += [
         "",
         f"SmolLM2-135M-Instruct, fp32, CPU, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}; "
-        f"medians of {repeats} runs taken in turns; factors in the first row are of the faster class.",
+        f"medians of {repeats} runs taken in turns; factors in the extraction row are of the faster class.",
     ]
     return "\n".join(lines)
 
