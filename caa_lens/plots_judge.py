@@ -6,6 +6,7 @@ Where an error bar ends, the mean would lie with other questions; it says nothin
 from __future__ import annotations
 
 import re
+import textwrap
 from itertools import cycle
 from typing import Any
 
@@ -80,5 +81,6 @@ def _draw_scores(ax: Axes, result: JudgeResult, layer: int) -> None:
     unscored = ", ".join(f"{table[f'n_{s}'].sum()} {s}" for s in UNSCORED if table[f"n_{s}"].sum())
     n = table["n"].agg(["min", "max"]).tolist()
     counted = f"n = {n[0]}" if n[0] == n[1] else f"n = {n[0]} to {n[1]}"
-    title = f"{result.rubric.title}, layer {layer}, {counted}\njudged by {result.judge}"
+    subject = textwrap.fill(f"{result.rubric.title}, layer {layer}, {counted}", 64)
+    title = f"{subject}\njudged by {result.judge}"
     ax.set(xlabel="multiplier", ylabel="mean score (0 to 10)", title=f"{title}; {unscored}" if unscored else title)
