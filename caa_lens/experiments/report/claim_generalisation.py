@@ -42,7 +42,10 @@ def generalises(lab: Lab) -> Section:
     notes = (
         f"All at layer {lab.layer(first)}, chosen on {first}. The status is of each vector on other forms of its own behaviour.",
     )
-    return Section(status, result.verdict(), {"transfer": table}, {"transfer": result.plot()}, notes=notes)
+    # The table has every pair; said in words are a vector's own behaviour, and other forms of it.
+    lines = result.verdict().splitlines()
+    own = [line for source in vectors for line in lines if line.startswith(f"{source} on {source}")]
+    return Section(status, "\n".join(own), {"transfer": table}, {"transfer": result.plot()}, notes=notes)
 
 
 def _other_forms(name: str, pairs: PairSet) -> dict[str, PairSet]:

@@ -58,9 +58,7 @@ def _transfer(lab: Lab, behaviour: str) -> pd.DataFrame:
     """The effect of the chosen layer's vector at every layer swept."""
     v = lab.vector(behaviour)
     layers = sorted({*lab.vectors(behaviour).layers[:: lab.study.layer_step], v.layer})
-    result = lab.sweep(
-        "transfer-to-layers", behaviour, v, lab.pairs(behaviour).choose, layers=layers, multipliers=(-1, 1)
-    )
+    result = lab.sweep("layer-transfer", behaviour, v, lab.pairs(behaviour).report, layers=layers, multipliers=(-1, 1))
     return result.effects().assign(own=lambda table: table["layer"] == v.layer)
 
 

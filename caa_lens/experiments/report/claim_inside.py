@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from caa_lens.experiments.controls import norm_matched
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.section import Section, Status
 from caa_lens.experiments.statistics import Estimate, bootstrap_mean
@@ -24,13 +25,13 @@ def per_token(lab: Lab, behaviour: str) -> Section:
     """Projections of every token: on the sides of held-out pairs, beside the same with a shuffled-label vector."""
     v, pairs = lab.vector(behaviour), lab.pairs(behaviour).report
     difference = _difference(lab, v, pairs)
-    control = _difference(lab, v.controls["shuffled-0"], pairs)
+    control = _difference(lab, norm_matched(v.controls["shuffled-0"], v), pairs)
     fine = difference.low > max(0.0, abs(control.value))
     status: Status = "holds" if fine else "null" if difference.low <= 0 <= difference.high else "not shown"
     words = (
         f"Over the answer's tokens of {difference.n} held-out pairs, the positive side lies {difference.value:+.3f} "
         f"[{difference.low:+.3f}, {difference.high:+.3f}] further along the vector than the negative one, in units of it; a "
-        f"vector of shuffled labels gives {control.value:+.3f} [{control.low:+.3f}, {control.high:+.3f}]."
+        f"vector of shuffled labels and the same norm gives {control.value:+.3f} [{control.low:+.3f}, {control.high:+.3f}]."
     )
     shown = _sides(lab, v, pairs[:SHOWN])
     names = [f"{side} side of pair {number + 1}" for number in range(SHOWN) for side in ("positive", "negative")]
