@@ -46,18 +46,24 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
         for place in sorted((folder / "sections").glob("*"))
         if (place / "section.json").exists()
     }
-    names = [name.replace("/", "-") for name in study["behaviours"]]
+    names = {name.replace("/", "-"): name for name in study["behaviours"]}
     claims = []
     for claim in CLAIMS:
         own = {place[3:]: section for place, section in found.items() if place.startswith(f"{claim.number:02d}-")}
         if own:
-            order = [name for name in (*names, "all") if name in own]
-            claims.append({"claim": claim, "sections": [(name, _shown(own[name])) for name in order], "by_name": own})
+            order = [short for short in (*names, "all") if short in own]
+            claims.append(
+                {
+                    "claim": claim,
+                    "sections": [(short, names.get(short, "All together"), _shown(own[short])) for short in order],
+                    "by_name": own,
+                }
+            )
     page = _template().render(
         study=study,
         model=json.loads(about.read_text(encoding="utf-8")) if about.exists() else {"model": study["model"]},
         versions=made["versions"],
-        behaviours=list(zip(study["behaviours"], names, strict=True)),
+        behaviours=[(name, short) for short, name in names.items()],
         claims=claims,
         meanings=MEANINGS,
         published=_published(study),
