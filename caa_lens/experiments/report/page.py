@@ -52,13 +52,8 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
         own = {place[3:]: section for place, section in found.items() if place.startswith(f"{claim.number:02d}-")}
         if own:
             order = [short for short in (*names, "all") if short in own]
-            claims.append(
-                {
-                    "claim": claim,
-                    "sections": [(short, names.get(short, "All together"), _shown(own[short])) for short in order],
-                    "by_name": own,
-                }
-            )
+            sections = [(short, names.get(short, "All together"), _shown(own[short])) for short in order]
+            claims.append({"claim": claim, "sections": sections, "by_name": own})
     page = _template().render(
         study=study,
         model=json.loads(about.read_text(encoding="utf-8")) if about.exists() else {"model": study["model"]},
