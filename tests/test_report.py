@@ -233,6 +233,26 @@ def test_published_tables_without_a_model(tmp_path, capsys):
     assert "holds no study" in capsys.readouterr().err
 
 
+def test_published_judgements_beside_the_letters(tmp_path):
+    """In the authors' layout: settings in the names, judged answers in a folder of their own."""
+    for multiplier, scores in ((-1.0, (1, 2)), (1.0, (8, 9))):
+        name = f"results_layer=13_multiplier={multiplier}_behavior=refusal_type=open_ended_use_base_model=False_model_size=7b.json"
+        items = [{"question": f"Q{i}?", "model_output": "Yes.", "score": s} for i, s in enumerate(scores)]
+        place = tmp_path / "open_ended_scores" / "refusal" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(items))
+    table = published_numbers(tmp_path)
+    assert set(table) == {"open-ended", "open-ended, detail"}
+    assert table["open-ended"].loc[0, ["-1", "+1"]].tolist() == [1.5, 8.5]
+    for file in fixture_path("caa/results/refusal").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    both = published_numbers(tmp_path)
+    assert both["multiple choice"].loc[0, ["-1", "+0", "+1"]].round(3).tolist() == [0.423, 0.744, 0.887]
+    assert both["open-ended"].equals(table["open-ended"])
+    with pytest.raises(caa.InputError, match="holds no files"):
+        published_numbers(tmp_path / "open_ended_scores" / "nothing")
+
+
 def test_an_estimate_before_it_starts(study, tmp_path, capsys):
     model = caa.load_model(study.model, kind=study.kind)
     costs = estimate(study, tmp_path, model)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from caa_lens.experiments.published import read_published
+from caa_lens.experiments.published import read_published, read_published_judged
 from caa_lens.files import atomic_path
 
 CONDITIONS = (
@@ -21,23 +21,26 @@ CONDITIONS = (
 
 
 def published_numbers(folder: str | os.PathLike[str]) -> dict[str, pd.DataFrame]:
-    """Tables by name: `multiple choice`, one row a behaviour, condition and layer, one column a multiplier (the authors' formula);
-    `multiple choice, detail` with intervals, the mass of the letters and the items keyed otherwise.
+    """Tables by name, one row a behaviour, condition and layer, one column a multiplier: `multiple choice` (the authors' formula)
+    and `open-ended` (their judge's mean score, 0 to 10), of whichever there are files; and either `..., detail`, with intervals,
+    numbers of items, and for multiple choice the mass of the letters and the items keyed otherwise.
 
     Raises:
         InputError: no result file, or one that cannot be read.
     """
-    found = read_published(folder)
-    conditions = [name for name in CONDITIONS if found[name].nunique(dropna=False) > 1]
-    axes = ["behavior", *conditions, "layer"]
-    wide = found.pivot_table(index=axes, columns="multiplier", values="value", dropna=False, observed=True)
-    wide = wide.dropna(how="all").reset_index()
-    wide.columns = [f"{name:+g}" if isinstance(name, float) else str(name) for name in wide.columns]
-    detail = found[[*axes, "multiplier", "value", "low", "high", "n", "letter", "mass", "other_keys"]]
-    return {
-        "multiple choice": wide,
-        "multiple choice, detail": detail.sort_values([*axes, "multiplier"]).reset_index(drop=True),
-    }
+    judged = any(Path(folder).rglob("results_*type=open_ended*.json"))
+    if judged and not any(Path(folder).rglob("results_*type=ab*.json")):
+        return _tables("open-ended", read_published_judged(folder), ("unscored",))
+    lettered = _tables("multiple choice", read_published(folder), ("letter", "mass", "other_keys"))
+    return lettered | (_tables("open-ended", read_published_judged(folder), ("unscored",)) if judged else {})
+
+
+def _tables(name: str, found: pd.DataFrame, further: tuple[str, ...]) -> dict[str, pd.DataFrame]:
+    axes = ["behavior", *(axis for axis in CONDITIONS if found[axis].nunique(dropna=False) > 1), "layer"]
+    ordered = found.sort_values([*axes, "multiplier"]).reset_index(drop=True)
+    wide = ordered.pivot(index=axes, columns="multiplier", values="value").reset_index()
+    wide.columns = [f"{label:+g}" if isinstance(label, float) else str(label) for label in wide.columns]
+    return {name: wide, f"{name}, detail": ordered[[*axes, "multiplier", "value", "low", "high", "n", *further]]}
 
 
 def write_published(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> list[Path]:
