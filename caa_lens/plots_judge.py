@@ -13,10 +13,8 @@ from typing import Any
 from caa_lens.errors import InputError, MissingError
 from caa_lens.experiments.judged import UNSCORED, JudgeResult
 from caa_lens.experiments.rubric import HIGHEST, LOWEST
-from caa_lens.figures import AMBER, BLUE, GREEN, GREY, MARKERS, ORANGE, PURPLE, SKY, Axes, Figure, canvas, tick_at
-
-CONTROLS = {"random": GREY, "shuffled": AMBER, "letter": ORANGE, "letter-balanced": SKY}
-OTHERS = (GREEN, PURPLE, "#000000")
+from caa_lens.figures import BLUE, MARKERS, Axes, Figure, canvas, tick_at
+from caa_lens.sweep_panels import KNOWN, OTHERS
 
 
 def plot_judged(result: JudgeResult, *, layer: int | None = None, ax: Axes | None = None) -> Figure:
@@ -60,7 +58,7 @@ def _draw_scores(ax: Axes, result: JudgeResult, layer: int) -> None:
         own, kind = name in ("vector", "none"), re.sub(r"^(random|shuffled)-\d+$", r"\1", str(name))
         label: dict[str, Any] = {} if kind in seen else {"label": kind}
         if kind not in seen:
-            seen[kind] = (BLUE if own else CONTROLS.get(kind) or next(others), next(markers))
+            seen[kind] = (BLUE if own else KNOWN.get(kind) or next(others), next(markers))
         color, marker = seen[kind]
         line = line.dropna(subset=["value"]).sort_values("multiplier")
         bars = [(line["value"] - line["low"]).clip(lower=0), (line["high"] - line["value"]).clip(lower=0)]
