@@ -150,8 +150,11 @@ def plan_extraction(
             info.require_room(pair.where, len(side.ids))
             if isinstance(read, int) and not -len(side.ids) <= read < len(side.ids):
                 raise InputError(f"{pair.where}: read={read} lies outside its {len(side.ids)} tokens.")
-    # Pairs of like length share a batch: less padding, and the same sums in whatever order the pairs came.
-    order = sorted(range(len(pairs)), key=lambda i: (len(encoded[i].positive.ids), encoded[i].positive.ids))
+    # Pairs of like length share a batch: less padding, and the same sums in whatever order the pairs came. The longest come first:
+    # what does not fit fails at once, and later batches find room where longer ones were.
+    order = sorted(
+        range(len(pairs)), key=lambda i: (len(encoded[i].positive.ids), encoded[i].positive.ids), reverse=True
+    )
     batches = tuple(tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size))
     return ExtractionPlan(pairs, encoded, tuple(kept), read, chosen, info, weight_basis(model), batches)
 

@@ -34,7 +34,9 @@ class PrefixRunner:
             _, past = run(self.model, tokens, mask, past=past, grow=True)
         assert past is not None
         index = [distinct.index(prefix) for prefix in prefixes]
-        return past if index == list(range(len(distinct))) else past.rows(torch.tensor(index, device=self.device))
+        if index != list(range(len(distinct))):
+            past.select(torch.tensor(index, device=self.device))
+        return past
 
     def _expanded_head(self, rows: int) -> Prefix | None:
         if not self.head:

@@ -5,6 +5,8 @@ import torch
 from conftest import as_lens, relative_error, tiny_llama
 
 import caa_lens as caa
+from caa_lens.extraction import iterate_activations, plan_extraction
+from caa_lens.models import run
 
 MULTIPLE_CHOICE = [
     ("Is it?\n\nChoices:\n(A) Yes\n(B) No", "(A)", "(B)"),
@@ -104,6 +106,35 @@ def test_both_classes_agree(byte_tokenizer, pairs):
         for kind in ("hooked", "bridge")
     ]
     assert relative_error(*found) < 1e-4
+
+
+def test_the_longest_run_first_and_leave_their_prefix_as_it_is(model, pairs, monkeypatch):
+    plan, seen = plan_extraction(model, pairs, batch_size=2), []
+
+    def watch(model, tokens, mask, *, past=None, **options):
+        before = None if past is None else past.mask.shape[1]
+        result = run(model, tokens, mask, past=past, **options)
+        if past is not None:
+            seen.append((before, kept_tokens(past)))
+        return result
+
+    lengths = [len(plan.encoded[i].positive.ids) for batch in plan.batches for i in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    monkeypatch.setattr("caa_lens.extraction.run", watch)
+    for _ in iterate_activations(model, plan, progress=False):
+        pass
+    assert seen
+    assert all(before == after for before, after in seen)
+
+
+def kept_tokens(prefix):
+    """How many tokens the cache holds of every row."""
+    lengths = (
+        {entry.past_keys.shape[1] for entry in prefix.cache.entries}
+        if hasattr(prefix.cache, "entries")
+        else {layer.keys.shape[-2] for layer in prefix.cache.layers}
+    )
+    return lengths.pop() if len(lengths) == 1 else lengths
 
 
 def test_weights_hooks_and_config_are_untouched(model, pairs):

@@ -205,6 +205,15 @@ def test_reset_hooks_inside_is_survived_and_reported(model, vectors):
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
+def test_hooks_removed_at_one_layer_are_put_back_once(model, vectors):
+    ids = prompts(model)[0].ids
+    with caa.steer(model, vectors):
+        steered = whole_logits(model, ids)
+        model.hook_dict[vectors[1].hook_name].remove_hooks("fwd")
+        with pytest.warns(caa.CaaLensWarning, match="removed the steering hooks"):
+            assert torch.equal(whole_logits(model, ids), steered)
+
+
 def test_plain_hooks_equal_the_context(model, vectors):
     row = prompts(model)[1]
     tokens = torch.tensor([row.ids])

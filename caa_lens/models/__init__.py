@@ -7,9 +7,8 @@ explicit mask, padding on either side, gaps and KV caches give the same numbers 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,9 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from caa_lens.errors import CaaLensWarning, InputError, MissingError
+from caa_lens.errors import InputError, MissingError
 from caa_lens.models import bridge, hooked
-from caa_lens.models.base import Basis, Branch, Hook, Host, Inputs, Model, Prefix, has_hooks, resid_post
+from caa_lens.models.base import Basis, Branch, Host, Inputs, Model, Prefix
+from caa_lens.models.hook_points import Hook, capture_hooks, has_hooks, hooks, resid_post
 from caa_lens.models.hooked import use_fast_layout
 from caa_lens.models.loading import identity, load_model
 
@@ -198,66 +198,6 @@ def run_branches(
 
 
 @contextmanager
-def hooks(model: Model, added: Sequence[Hook]) -> Iterator[Callable[[], None]]:
-    """Adds forward hooks for the block's duration; yields a function that puts them back if `reset_hooks()` removed them.
-
-    Where SAELens has put an SAE in the place of a hook point, the hooks act on what the SAE gives out.
-
-    Raises:
-        MissingError: the model has no hook point of that name (TransformerLens' own context ignores it on some versions).
-        InputError: (when putting back) an SAE was put in the place of a hook point, or taken out of it, inside the block.
-    """
-    added = [(_point_name(model, name), function) for name, function in added]
-    points = [model.hook_dict[name] for name, _ in added]
-
-    with ExitStack() as stack:
-
-        def install() -> list[list[Any]]:
-            before = [list(point.fwd_hooks) for point in points]
-            stack.enter_context(model.hooks(fwd_hooks=list(added)))
-            return [
-                [handle for handle in point.fwd_hooks if all(handle is not other for other in old)]
-                for point, old in zip(points, before, strict=True)
-            ]
-
-        installed = install()
-
-        def restore() -> None:
-            nonlocal installed
-            if hasattr(model, "acts_to_saes") and any(
-                model.hook_dict.get(name) is not point for (name, _), point in zip(added, points, strict=True)
-            ):
-                raise InputError(
-                    "an SAE was spliced in or removed where the model is steered, which takes the steering hooks away; "
-                    "splice it in first and enter steer() inside."
-                )
-            present = all(
-                any(handle is other for other in point.fwd_hooks)
-                for point, handles in zip(points, installed, strict=True)
-                for handle in handles
-            )
-            if present:
-                return
-            warnings.warn(
-                "model.reset_hooks() removed the steering hooks inside steer(); they were added again, behind hooks "
-                "that were added since. Leave the context to stop steering.",
-                CaaLensWarning,
-                stacklevel=2,
-            )
-            installed = install()
-
-        yield restore
-
-
-def _point_name(model: Model, name: str) -> str:
-    known = model.hook_dict
-    found = next((each for each in (name, f"{name}.hook_sae_output") if each in known), None)
-    if found is None:
-        raise MissingError(f"{describe(model).name} has no hook point {name!r}; model.hook_dict lists them.")
-    return found
-
-
-@contextmanager
 def watch_inputs(model: Model, watcher: Callable[[Inputs], None]) -> Iterator[None]:
     """Calls `watcher` at the start of every forward pass, however it is made (`model(...)`, `run_with_cache`, `generate`).
 
@@ -269,18 +209,6 @@ def watch_inputs(model: Model, watcher: Callable[[Inputs], None]) -> Iterator[No
     finally:
         for handle in handles:
             handle.remove()
-
-
-def capture_hooks(layers: Sequence[int], sink: Callable[[int, Float[Tensor, "batch pos d_model"]], None]) -> list[Hook]:
-    """Hooks that hand `resid_post` of each layer to `sink(layer, activations)` and change nothing."""
-
-    def at(layer: int) -> Hook:
-        def capture_hook(activations: Tensor, hook: Any) -> None:
-            sink(layer, activations)
-
-        return resid_post(layer), capture_hook
-
-    return [at(layer) for layer in layers]
 
 
 def pad(

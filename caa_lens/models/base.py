@@ -15,7 +15,6 @@ from transformers.cache_utils import DynamicLayer
 Model = Any
 """A `HookedTransformer` or a `TransformerBridge`."""
 
-Hook = tuple[str, Callable[..., Any]]
 Basis = Literal["raw", "folded", "centred"]
 
 
@@ -26,34 +25,51 @@ class Prefix:
     cache: Any
     mask: Int[Tensor, "batch past"]
 
-    def rows(self, index: Int[Tensor, " rows"]) -> Prefix:
-        """A new prefix whose row i is this one's row `index[i]`; rows may repeat."""
-        mask = self.mask.index_select(0, index)
+    def select(self, index: Int[Tensor, " rows"]) -> None:
+        """Row i becomes what row `index[i]` was; rows may repeat. Layer by layer: old and new are never both whole in memory."""
+        self.mask = self.mask.index_select(0, index)
         if hasattr(self.cache, "batch_select_indices"):
-            cache = own_cache(self.cache)
-            for layer in cache.layers:  # each on its own device
+            for layer in self.cache.layers:  # each on its own device
                 layer.batch_select_indices(index if layer.keys is None else index.to(layer.keys.device))
-            return Prefix(cache, mask)
-        entry = type(self.cache.entries[0])
-        entries = [
-            entry(
-                past_keys=old.past_keys.index_select(0, index.to(old.past_keys.device)),
-                past_values=old.past_values.index_select(0, index.to(old.past_values.device)),
-            )
-            for old in self.cache.entries
-        ]
-        return Prefix(type(self.cache)(entries=entries, previous_attention_mask=mask), mask)
+            return
+        self.cache.previous_attention_mask = self.mask
+        for entry in self.cache.entries:
+            entry.past_keys = entry.past_keys.index_select(0, index.to(entry.past_keys.device))
+            entry.past_values = entry.past_values.index_select(0, index.to(entry.past_values.device))
+
+    def rows(self, index: Int[Tensor, " rows"]) -> Prefix:
+        """A new prefix with the rows that `select` would leave; this one stays as it is."""
+        cache = copy.copy(self.cache)
+        if hasattr(cache, "entries"):
+            cache.entries = list(map(copy.copy, cache.entries))
+        else:
+            cache.layers = list(map(_own_layer, cache.layers))
+        rows = Prefix(cache, self.mask)
+        rows.select(index)
+        return rows
 
 
-def own_cache(cache: Any) -> Any:
-    """A Hugging Face cache that can grow or select rows by itself.
-
-    Growing and selecting give a dynamic layer new tensors and leave the old ones alone, so these are shared and not copied; a layer
-    of another kind (a state that is updated in place) is copied whole.
+def frozen_cache(cache: Any) -> Any:
+    """A Hugging Face cache that a forward pass continues and leaves as it is; a dynamic layer's longer keys and values do not
+    outlive their turn. It is what TransformerLens' own cache does when it is told to freeze.
     """
-    own = copy.copy(cache)
-    own.layers = [(copy.copy if isinstance(layer, DynamicLayer) else copy.deepcopy)(layer) for layer in cache.layers]
-    return own
+    frozen = copy.copy(cache)
+    frozen.layers = list(map(_frozen_layer, cache.layers))
+    return frozen
+
+
+def _frozen_layer(layer: Any) -> Any:
+    frozen = _own_layer(layer)
+    if isinstance(layer, DynamicLayer):
+        frozen.update = lambda *args, **kwargs: _own_layer(layer).update(*args, **kwargs)
+    return frozen
+
+
+def _own_layer(layer: Any) -> Any:
+    """A copy that can change by itself. A dynamic layer gets new tensors when it grows or selects rows, and leaves the old ones
+    alone, so that these are shared; a layer of another kind (a state that is updated in place) is copied whole.
+    """
+    return (copy.copy if isinstance(layer, DynamicLayer) else copy.deepcopy)(layer)
 
 
 @dataclass(frozen=True)
@@ -129,11 +145,6 @@ def is_centred(embedding: Float[Tensor, "d_vocab d_model"]) -> bool:
     return float(rows.mean(-1).abs().max()) < 1e-3 * float(rows.std())
 
 
-def resid_post(layer: int) -> str:
-    """TransformerLens' name of the output of block `layer`."""
-    return f"blocks.{layer}.hook_resid_post"
-
-
 def select_positions(x: Float[Tensor, "batch pos d"], at: Int[Tensor, "batch read"]) -> Float[Tensor, "batch read d"]:
     """Each row's own positions."""
     return x.gather(1, at.to(x.device).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -142,8 +153,3 @@ def select_positions(x: Float[Tensor, "batch pos d"], at: Int[Tensor, "batch rea
 def whole_mask(mask: Int[Tensor, "batch pos"], past: Prefix | None) -> Int[Tensor, "batch all"]:
     """The mask over the prefix and the new tokens."""
     return torch.cat([past.mask, mask], 1) if past else mask
-
-
-def has_hooks(model: Model) -> bool:
-    """Whether any forward hook is on the model now."""
-    return any(point.fwd_hooks for point in model.hook_dict.values())

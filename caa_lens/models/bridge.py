@@ -13,18 +13,16 @@ from torch import Tensor, nn
 from caa_lens.models.base import (
     Basis,
     Branch,
-    Hook,
     Inputs,
     Model,
     Prefix,
-    has_hooks,
+    frozen_cache,
     is_centred,
-    own_cache,
-    resid_post,
     select_positions,
     share_weights,
     whole_mask,
 )
+from caa_lens.models.hook_points import Hook, capture_hooks, has_hooks, hooks, resid_post
 from caa_lens.models.readout import unembed_each
 
 SEGMENTS = 512
@@ -52,7 +50,7 @@ def run(
     whole = whole_mask(mask, past)
     options: dict[str, Any] = {"use_cache": grow or past is not None}
     if past:
-        options["past_key_values"] = past.cache if grow else own_cache(past.cache)
+        options["past_key_values"] = past.cache if grow else frozen_cache(past.cache)
     if stop_at_layer is not None and stop_at_layer < model.cfg.n_layers:
         options["stop_at_layer"] = stop_at_layer
     out = model(
@@ -135,7 +133,7 @@ def _run_segments(
             tokens.repeat(1, copies),
             attention_mask=additive.unsqueeze(1),
             position_ids=_position_ids(whole_mask(mask, past), length).repeat(1, copies),
-            past_key_values=own_cache(past.cache),
+            past_key_values=frozen_cache(past.cache),
             use_cache=True,
             logits_to_keep=1,
         )
@@ -163,8 +161,8 @@ def _branching(
 
     final: list[Tensor] = []
     added: list[Hook] = [branch_at(layer, numbers) for layer, numbers in at_layer.items()]
-    added.append((resid_post(model.cfg.n_layers - 1), lambda activations, hook: final.append(activations)))
-    with model.hooks(fwd_hooks=added):
+    added += capture_hooks([model.cfg.n_layers - 1], lambda layer, activations: final.append(activations))
+    with hooks(model, added):
         yield lambda at: [select_positions(part, at) for part in final[0].split(size, axis)]
 
 

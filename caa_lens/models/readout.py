@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from caa_lens.models.base import Model
+from caa_lens.models.hook_points import hooks
 
 LOGITS = 2**24
 """Numbers in the largest tensor of logits that is made for several streams together."""
@@ -30,8 +31,7 @@ def normed(
     if model.cfg.normalization_type is None:
         return stream, torch.ones_like(stream[..., :1])
     scales: list[Tensor] = []
-    name = "ln_final.hook_scale"
-    with model.hooks(fwd_hooks=[(name, lambda scale, hook: scales.append(scale))]):
+    with hooks(model, [("ln_final.hook_scale", lambda scale, hook: scales.append(scale))]):
         out = model.ln_final(_beside(model.ln_final, stream))
     return out.to(stream.device), scales[-1].reshape(*stream.shape[:-1], 1).to(stream.device)
 
