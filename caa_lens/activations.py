@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from caa_lens.errors import InputError
-from caa_lens.files import atomic_path
+from caa_lens.files import atomic_path, claim_folder, is_claimed
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,10 @@ def open_store(folder: Path, signature: str, about: Mapping[str, Any]) -> Path:
         InputError: it holds something else.
     """
     file = folder / "about.json"
-    stored: Mapping[str, Any] = {}
-    if file.exists():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no stored activations; give a new folder.")
-    if stored and stored.get("signature") != signature:
-        raise InputError(
-            f"{folder} holds activations of another extraction ({stored.get('behaviour')!r}, {stored.get('model')}); give "
-            "another folder, or delete this one."
-        )
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps({"signature": signature, **about}, indent=1), encoding="utf-8")
+    if not is_claimed(file, signature, "extraction"):
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty and holds no stored activations; give a new folder.")
+        claim_folder(file, signature, about)
     return folder
 
 

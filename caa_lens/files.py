@@ -1,4 +1,4 @@
-"""Small file helpers: stable digests and writes that are whole or absent."""
+"""Small file helpers: stable digests, writes that are whole or absent, and folders that belong to one run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from caa_lens.errors import InputError
 
 
 def digest(value: Any) -> str:
@@ -37,3 +39,33 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], content: Any, *, indent: int | None = 1) -> None:
+    """Writes what JSON can hold, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=indent), encoding="utf-8")
+
+
+def claim_folder(file: Path, signature: str, about: Mapping[str, Any]) -> None:
+    """Marks the folder of `file` as the one of a run: its signature and what it was asked."""
+    write_json(file, {"signature": signature, **about})
+
+
+def is_claimed(file: Path, signature: str, what: str) -> bool:
+    """Whether `file` says that its folder belongs to the run of this signature; False where there is no such file.
+
+    Raises:
+        InputError: it belongs to another run; `what` names such a run.
+    """
+    if not file.exists():
+        return False
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["signature"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file} does not say which {what} its folder holds ({error!r}); give another folder."
+        ) from error
+    if found != signature:
+        raise InputError(f"{file.parent} holds another {what}; give another folder, or delete this one.")
+    return True

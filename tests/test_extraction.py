@@ -194,6 +194,10 @@ def test_store_gives_the_activations_back_and_resumes(model, pairs, tmp_path, mo
         caa.extract(model, pairs[:2], batch_size=2, store=tmp_path / "s", progress=False)
     with pytest.raises(caa.InputError, match="not 9"):
         caa.load_activations(tmp_path / "s", 9)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "about.json").write_text("{")
+    with pytest.raises(caa.InputError, match="does not say which extraction its folder holds"):
+        caa.extract(model, pairs, store=tmp_path / "torn", progress=False)
     with pytest.raises(caa.InputError, match="no stored activations"):
         caa.load_activations(tmp_path / "nowhere", 1)
 

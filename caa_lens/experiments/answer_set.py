@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from caa_lens.errors import InputError
+from caa_lens.experiments.effects import Measurement
 from caa_lens.experiments.statistics import bootstrap_mean
 from caa_lens.files import atomic_path
 from caa_lens.pairs import PairSet
@@ -30,7 +31,7 @@ DEFAULTS: dict[str, Any] = {"vector": "none", "layer": -1, "multiplier": 0.0}
 
 
 @dataclass(frozen=True)
-class AnswerSet:
+class AnswerSet(Measurement):
     """Answers at several strengths.
 
     Attributes:
@@ -41,7 +42,6 @@ class AnswerSet:
         seed: of the bootstrap.
     """
 
-    items: pd.DataFrame
     provenance: dict[str, Any]
     seed: int = 0
 
@@ -51,11 +51,6 @@ class AnswerSet:
     def __repr__(self) -> str:
         made_by = self.provenance.get("model", "elsewhere")
         return f"AnswerSet({len(self)} answers to {self.items['item'].nunique()} prompts, {made_by})"
-
-    @property
-    def axes(self) -> list[str]:
-        """The columns that tell settings apart, without the multiplier."""
-        return [axis for axis in ("system", "vector", "layer") if axis in self.items]
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a (system, vector, layer, multiplier): `n` answers, `empty` ones, and the mean of each diagnostic with its 95%

@@ -11,7 +11,8 @@ Source for slopes and anti-steerability: Tan et al., "Analyzing the generalizati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pandas as pd
 
@@ -24,6 +25,37 @@ class Finding(NamedTuple):
 
     status: Literal["beyond controls", "no controls", "not shown", "null", "opposite"]
     words: str
+
+
+Measured = TypeVar("Measured", bound="Measurement")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Items measured at settings, which may have been run under several systems (a system prompt, a template)."""
+
+    items: pd.DataFrame
+
+    @property
+    def axes(self) -> list[str]:
+        """The columns that tell settings apart, without the multiplier."""
+        return [axis for axis in ("system", "vector", "layer") if axis in self.items]
+
+    def by_system(self: Measured) -> dict[str, Measured]:
+        """The result under each system; empty where none were given."""
+        if "system" not in self.items:
+            return {}
+        groups = self.items.groupby("system", sort=False)
+        return {str(name): replace(self, items=group.drop(columns="system")) for name, group in groups}
+
+    def require_one_system(self) -> None:
+        """Refuses a finding over several systems.
+
+        Raises:
+            InputError: several were run, each of which has its own.
+        """
+        if "system" in self.items:
+            raise InputError("each system has its own finding; use by_system()[name].finding() or verdict().")
 
 
 def effect_table(

@@ -16,7 +16,6 @@ for one epoch by plain SGD on the answer token; here it is AdamW, and on LoRA ad
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -33,7 +32,7 @@ from caa_lens.experiments.grid import Text
 from caa_lens.experiments.scoring import MetricName, metric_for
 from caa_lens.experiments.training import LossName, Meter, Side, seeded, text_to_learn, train, with_lora
 from caa_lens.experiments.tuned import SUMMARY, FinetuneResult
-from caa_lens.files import atomic_path, digest
+from caa_lens.files import claim_folder, digest, is_claimed, write_json
 from caa_lens.models import ModelInfo
 from caa_lens.models.checkpoints import Checkpoint, as_device, as_dtype, load_checkpoint
 from caa_lens.pairs import PairSet
@@ -275,22 +274,15 @@ class _Run:
     def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
         self.folder, self.asked, self.signature = folder, asked, digest(asked)
         self.about, self.checkpoint = folder / "about.json", folder / "checkpoint.pt"
-        if self.about.exists():
-            found = json.loads(self.about.read_text(encoding="utf-8"))
-            if found.get("signature") != self.signature:
-                raise InputError(f"{folder} holds another run; give another folder, or delete this one.")
+        is_claimed(self.about, self.signature, "run")  # another run's is refused before any model is loaded
 
     @property
     def finished(self) -> bool:
         return (self.folder / SUMMARY).exists()
 
     def claim(self) -> None:
-        self._write(self.about, {"signature": self.signature, **self.asked})
+        claim_folder(self.about, self.signature, self.asked)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        self._write(self.folder / SUMMARY, summary)
+        write_json(self.folder / SUMMARY, summary)
         self.checkpoint.unlink()
-
-    def _write(self, file: Path, content: dict[str, Any]) -> None:
-        with atomic_path(file) as temporary:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")

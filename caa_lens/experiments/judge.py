@@ -33,7 +33,7 @@ from caa_lens.experiments.judges.base import Case, Judge, Judgement
 from caa_lens.experiments.judges.endpoint import OpenAIJudge
 from caa_lens.experiments.judges.local import LocalJudge
 from caa_lens.experiments.rubric import Rubric, rubric_for
-from caa_lens.files import atomic_path, digest
+from caa_lens.files import digest, write_json
 from caa_lens.models import load_model
 from caa_lens.pairs import PairSet
 from caa_lens.workers import alone, on_main
@@ -176,6 +176,5 @@ class _Judgements:
     def add(self, case: Case, judgement: Judgement) -> None:
         if self.folder is None or judgement.status == "failed":
             return
-        with atomic_path(self._file(self.folder, case)) as temporary:
-            content = {"judge": self.about, **asdict(case), "judgement": asdict(judgement)}
-            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        content = {"judge": self.about, **asdict(case), "judgement": asdict(judgement)}
+        write_json(self._file(self.folder, case), content)

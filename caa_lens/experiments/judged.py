@@ -10,14 +10,14 @@ left out of the effect.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from caa_lens.errors import InputError
-from caa_lens.experiments.effects import Finding, best_of, effect_table, finding_on
+from caa_lens.experiments.effects import Finding, Measurement, best_of, effect_table, finding_on
 from caa_lens.experiments.rubric import Rubric
 from caa_lens.experiments.statistics import bootstrap_mean, interval_alpha
 from caa_lens.experiments.store import save_table
@@ -46,7 +46,7 @@ class Agreement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class JudgeResult:
+class JudgeResult(Measurement):
     """Judged answers.
 
     Attributes:
@@ -58,23 +58,10 @@ class JudgeResult:
         seed: of the bootstrap.
     """
 
-    items: pd.DataFrame
     provenance: dict[str, Any]
     rubric: Rubric
     judge: str
     seed: int = 0
-
-    @property
-    def axes(self) -> list[str]:
-        """The columns that tell settings apart, without the multiplier."""
-        return [axis for axis in ("system", "vector", "layer") if axis in self.items]
-
-    def by_system(self) -> dict[str, JudgeResult]:
-        """The result under each system; empty where none were given."""
-        if "system" not in self.items:
-            return {}
-        groups = self.items.groupby("system", sort=False)
-        return {str(name): replace(self, items=group.drop(columns="system")) for name, group in groups}
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a (system, vector, layer, multiplier): the mean score `value` with its 95% interval `low`, `high`, the number `n`
@@ -110,8 +97,7 @@ class JudgeResult:
         Raises:
             InputError: several systems were run, each of which has its own finding (`by_system`).
         """
-        if "system" in self.items:
-            raise InputError("each system has its own finding; use by_system()[name].finding() or verdict().")
+        self.require_one_system()
         return finding_on(self.effects(), f"{self.rubric.title}, judged by {self.judge}", unit="points")
 
     def verdict(self) -> str:

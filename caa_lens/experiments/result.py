@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from caa_lens.errors import InputError
-from caa_lens.experiments.effects import Finding, best_of, effect_table, finding_on
+from caa_lens.experiments.effects import Finding, Measurement, best_of, effect_table, finding_on
 from caa_lens.experiments.scoring import Metric
 from caa_lens.experiments.statistics import bootstrap_mean
 from caa_lens.experiments.store import save_table
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SweepResult:
+class SweepResult(Measurement):
     """Scores of a sweep.
 
     Attributes:
@@ -31,27 +30,15 @@ class SweepResult:
         seed: of the bootstrap.
     """
 
-    items: pd.DataFrame
     metric: Metric
     provenance: dict[str, Any]
     seed: int = 0
-
-    @property
-    def _axes(self) -> list[str]:
-        return [axis for axis in ("system", "vector", "layer") if axis in self.items]
-
-    def by_system(self) -> dict[str, SweepResult]:
-        """The result under each system (a system prompt, a template); empty where none were swept."""
-        if "system" not in self.items:
-            return {}
-        groups = self.items.groupby("system", sort=False)
-        return {str(name): replace(self, items=group.drop(columns="system")) for name, group in groups}
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a (system, vector, layer, multiplier): `value` with its 95% interval `low`, `high`, `n`, means of the rest."""
         rest = [c for c in ("mass", "positive", "negative", "preferred") if c in self.items]
         rows = []
-        axes = [*self._axes, "multiplier"]
+        axes = [*self.axes, "multiplier"]
         for place, group in self.items.groupby(axes, sort=False):
             strata = group["key"].tolist() if self.metric.balanced else None
             estimate = bootstrap_mean(group["value"].to_numpy(float), strata, seed=self.seed)
@@ -68,7 +55,7 @@ class SweepResult:
             InputError: the sweep has fewer than two multipliers.
         """
         strata = "key" if self.metric.balanced else None
-        return effect_table(self.items, self._axes, measure="effect", strata=strata, seed=self.seed)
+        return effect_table(self.items, self.axes, measure="effect", strata=strata, seed=self.seed)
 
     def best(self) -> dict[str, Any]:
         """The layer at which the vector's effect is largest, as a row of `effects()`.
@@ -83,8 +70,7 @@ class SweepResult:
         Raises:
             InputError: several systems were swept, each of which has its own finding (`by_system`).
         """
-        if "system" in self.items:
-            raise InputError("each system has its own finding; use by_system()[name].finding() or verdict().")
+        self.require_one_system()
         return finding_on(self.effects(), self.provenance["pairs"], unit="nats")
 
     def verdict(self) -> str:

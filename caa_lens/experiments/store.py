@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import pandas as pd
 
 from caa_lens.errors import InputError
-from caa_lens.files import atomic_path, digest
+from caa_lens.files import atomic_path, claim_folder, digest, is_claimed, write_json
 from caa_lens.workers import is_main, on_main, require_same
 
 Item = TypeVar("Item")
@@ -51,11 +51,8 @@ class ItemStore(Generic[Item]):
         if self.folder is None:
             return {}
         about = self.folder / "about.json"
-        if not about.exists():
-            with atomic_path(about) as temporary:
-                temporary.write_text(json.dumps({"signature": signature, **made}, indent=1), encoding="utf-8")
-        elif json.loads(about.read_text(encoding="utf-8")).get("signature") != signature:
-            raise InputError(f"{self.folder} holds another {what}; give another folder, or delete this one.")
+        if not is_claimed(about, signature, what):
+            claim_folder(about, signature, made)
         files = self.folder.glob("item-*.json")
         return {int(file.stem.removeprefix("item-")): json.loads(file.read_text(encoding="utf-8")) for file in files}
 
@@ -63,8 +60,7 @@ class ItemStore(Generic[Item]):
         """Keeps a finished item; the main process writes it."""
         self.found[number] = item
         if self.folder is not None and is_main():
-            with atomic_path(self.folder / f"item-{number:06d}.json") as temporary:
-                temporary.write_text(json.dumps(self.encode(item)), encoding="utf-8")
+            write_json(self.folder / f"item-{number:06d}.json", self.encode(item), indent=None)
 
 
 def save_table(items: pd.DataFrame, provenance: dict[str, Any], path: str | os.PathLike[str]) -> None:

@@ -8,13 +8,12 @@ engine has to be started with position interventions on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from caa_lens.errors import InputError
-from caa_lens.files import atomic_path
+from caa_lens.files import write_json
 from caa_lens.vector_set import VectorSet
 
 
@@ -41,5 +40,4 @@ def to_intervene(vectors: VectorSet, *, positions: Sequence[int] | None = None) 
 
 def save_remote(vectors: VectorSet, path: Path) -> None:
     """Writes the specification for all positions as JSON, whole or not at all; fp32 values come back exactly."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(to_intervene(vectors)), encoding="utf-8")
+    write_json(path, to_intervene(vectors), indent=None)

@@ -18,12 +18,12 @@ def by_layer(lab: Lab, behaviour: str) -> Section:
     finding = dose.finding()
     n = swept.items["item"].nunique()
     depth = (layer + 1) / lab.n_layers()
-    chosen = (
-        f"Layer {layer} was set by the study."
-        if lab.study.layer is not None
-        else f"Layer {layer} has the largest effect on {n} pairs ({depth:.0%} of the depth; the paper: {PAPER})."
-    )
-    where = "the same pairs" if lab.study.layer is not None else "the other held-out pairs"
+    if lab.study.layer is not None:
+        chosen, where, of = f"Layer {layer} was set by the study.", "the same pairs", "that the finding is of"
+    else:
+        share = f"{depth:.0%} of the depth; the paper: {PAPER}"
+        chosen = f"Layer {layer} has the largest effect on {n} pairs ({share})."
+        where, of = "the other held-out pairs", "that the layer was chosen on"
     effects = swept.effects()
     own = effects[effects["vector"] == "vector"]
     excluding = int((own["effect_low"] > 0).sum())
@@ -33,7 +33,7 @@ def by_layer(lab: Lab, behaviour: str) -> Section:
         {"effects_by_layer": effects},
         {"effects_by_layer": swept.plot("layer") if len(own) > 1 else swept.plot("multiplier")},
         notes=(
-            f"The figure shows the {n} pairs that the layer was chosen on, at multipliers -1 and +1.",
+            f"The figure shows the {n} pairs {of}, at multipliers -1 and +1.",
             "Bands are 95% bootstrap intervals over pairs; controls have the vector's norm at each layer.",
         ),
     )

@@ -17,7 +17,7 @@ from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.page import write_page
 from caa_lens.experiments.report.section import NotRun, Section, read_section, save_section
 from caa_lens.experiments.report.study import Study
-from caa_lens.files import atomic_path
+from caa_lens.files import claim_folder, is_claimed, write_json
 from caa_lens.models import Model, describe
 from caa_lens.workers import is_main, on_main
 
@@ -74,8 +74,7 @@ def _keep(folder: Path, place: Path, section: Section, seconds: float) -> None:
 
 
 def _publish(folder: Path, about: Mapping[str, object]) -> Path:
-    with atomic_path(folder / "model.json") as temporary:
-        temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    write_json(folder / "model.json", about)
     return write_page(folder)
 
 
@@ -120,12 +119,6 @@ def _sign(folder: Path, study: Study) -> None:
         InputError: it is another's.
     """
     file = folder / "study.json"
-    if file.exists() and json.loads(file.read_text(encoding="utf-8"))["signature"] != study.signature:
-        raise InputError(f"{folder} holds another study; give another folder, or delete this one.")
-    about = {
-        "signature": study.signature,
-        "study": asdict(study),
-        "versions": {name: version(name) for name in VERSIONS},
-    }
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    is_claimed(file, study.signature, "study")
+    about = {"study": asdict(study), "versions": {name: version(name) for name in VERSIONS}}
+    claim_folder(file, study.signature, about)
