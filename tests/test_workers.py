@@ -83,7 +83,7 @@ def test_two_processes_get_what_one_gets(launched, together, name):
         for mine, theirs in zip(found[name]["vectors"], single["vectors"], strict=True):
             assert torch.equal(mine, theirs)
         assert found[name]["norms"] == single["norms"]
-        for table in ("sweep", "score", "capability", "loss", "curve"):
+        for table in ("sweep", "score", "capability", "loss", "answers", "curve"):
             pd.testing.assert_frame_equal(found[name][table], single[table], check_exact=True)
         # Of a resumed sweep the texts that are left form other batches, which changes the last bits.
         pd.testing.assert_frame_equal(found[name]["resumed"], single["resumed"], atol=1e-5)
@@ -93,10 +93,11 @@ def test_two_processes_get_what_one_gets(launched, together, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_batches_are_shared(together, name):
     """Extraction: 1 of 3 batches is not stored. Sweep: 10 texts in 4 batches, then the 4 that are not stored in 2; the score: again
-    4 batches. Then 3 questions, as many windows of text as there are, and 3 batches for the learning curve."""
+    4 batches. Then 3 questions, as many windows of text as there are, the answers to 3 open questions, and 3 batches for the
+    learning curve."""
     mine, theirs = (found[f"batches {name}"] for found in together)
     windows = together[0][name]["loss"]["item"].nunique()
-    assert mine + theirs == 1 + 4 + 2 + 4 + 3 + windows + 3
+    assert mine + theirs == 1 + 4 + 2 + 4 + 3 + windows + 3 + 3
     assert mine - 4 <= theirs <= mine
 
 

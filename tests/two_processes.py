@@ -55,6 +55,9 @@ def work(model, activations=None, scores=None):
         "score": caa.score(model, HELD_OUT, v, batch_size=3, progress=False).items,
         "capability": caa.capability(model, QUESTIONS, v, batch_size=1, progress=False).items,
         "loss": caa.text_loss(model, PROSE, v, window=64, batch_size=1, progress=False).items,
+        "answers": caa.answers(
+            model, v, ["Who?", "Where to?", "Why?"], max_new_tokens=4, batch_size=3, progress=False
+        ).items,
         "curve": caa.learning_curve(model, PAIRS, batch_size=2, progress=False),
     }
 

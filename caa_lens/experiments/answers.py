@@ -3,7 +3,8 @@
     answer[item, system, vector, layer, multiplier]
 
 All strengths of a vector are written together, each row of a batch with its own; the unsteered answer is written once. Sampled
-answers to one question draw the same random numbers at every setting, so that settings differ by their steering only.
+answers to one question draw the same random numbers at every setting, so that settings differ by their steering only. Several
+processes share the questions.
 
 Source of the comparison: Rimsky et al., arXiv:2312.06681, section 4.3 (open-ended generation).
 """
@@ -36,6 +37,7 @@ from caa_lens.prompts import Template
 from caa_lens.steering import generate, steer
 from caa_lens.vector import SteeringVector
 from caa_lens.vector_set import VectorSet
+from caa_lens.workers import alone, is_main, shared_map
 
 Measured = tuple[str, int, float, float | None]
 """An answer with its diagnostics, in the order of `DIAGNOSTICS`."""
@@ -123,16 +125,11 @@ def answers(
     # As many questions together as the strengths of a vector leave room for in a batch.
     strengths = max((len(places) for group, places in _together(settings).items() if group), default=1)
     together = max(1, batch_size // strengths)
-    with tqdm(
-        total=len(questions),
-        initial=len(done.found),
-        desc=f"answers {about['prompts']}",
-        unit="item",
-        disable=not progress,
-    ) as bar:
-        for start in range(0, len(missing), together):
-            numbers = missing[start : start + together]
-            rows: dict[int, list[Measured]] = {number: [] for number in numbers}
+    batches = [missing[start : start + together] for start in range(0, len(missing), together)]
+
+    def write(numbers: Sequence[int]) -> dict[int, list[Measured]]:
+        rows: dict[int, list[Measured]] = {number: [] for number in numbers}
+        with alone():  # a process's own batch, which is not shared again
             for way in written.values():
                 texts = _write(
                     model,
@@ -149,8 +146,18 @@ def answers(
                 measured = _measure(model, way, asked, batch_size=batch_size)
                 for k, number in enumerate(numbers):
                     rows[number] += measured[k * len(settings) : (k + 1) * len(settings)]
-            for number in numbers:
-                done.add(number, rows[number])
+        return rows
+
+    with tqdm(
+        total=len(questions),
+        initial=len(done.found),
+        desc=f"answers {about['prompts']}",
+        unit="item",
+        disable=not (progress and is_main()),
+    ) as bar:
+        for rows in shared_map(write, batches):
+            for number, row in rows.items():
+                done.add(number, row)
                 bar.update()
     return AnswerSet(_item_table(questions, list(written), settings, done.found), made, seed)
 
