@@ -111,6 +111,23 @@ def test_a_fresh_store_is_complete(launched, together):
     assert not [file for file in folder.rglob("*.tmp*") if "killed" not in str(file)]
 
 
+def test_a_study_of_two_processes_is_that_of_one(launched, together, tmp_path):
+    """Tables, figures and vectors, to the byte."""
+    folder, _, models, *_ = launched
+    two_processes.study(models[NAMES[-1]], tmp_path)
+    alone, shared = (
+        {
+            file.relative_to(root): file.read_bytes()
+            for part in ("sections", "vectors")
+            for file in (root / part).rglob("*.*")
+        }
+        for root in (tmp_path, folder / "study")
+    )
+    assert len(alone) > 20
+    assert alone == shared
+    assert (folder / "study" / "report.html").exists()
+
+
 def test_errors_and_differences_are_everybodys(together):
     mine, theirs = together
     assert mine["fails"].startswith("CaaLensError: process 1 of 2 failed: ZeroDivisionError")

@@ -18,6 +18,7 @@ import caa_lens as caa
 from caa_lens import extraction, workers
 from caa_lens.cli import main
 from caa_lens.experiments import grid
+from caa_lens.experiments.report import Study, reproduce
 
 PAIRS = caa.load_pairs(
     [
@@ -62,6 +63,20 @@ def work(model, activations=None, scores=None):
     }
 
 
+def study(model, folder):
+    """Claims that extract, sweep, answer, judge and project, on one behaviour."""
+    settings = {
+        "train": 4,
+        "held_out": 4,
+        "multipliers": (-1, 0, 1),
+        "controls": 1,
+        "questions": 3,
+        "max_new_tokens": 3,
+    }
+    asked = Study(model="tiny", behaviours=("formality",), claims=(1, 2, 3, 6, 7), batch_size=3, **settings)
+    reproduce(asked, folder, model=model, progress=False, say=lambda line: None)
+
+
 def raised(call):
     try:
         return call()
@@ -80,6 +95,7 @@ def together(folder, kinds):
         batches.clear()
         found[kind] = work(model, folder / f"activations-{kind}", folder / f"scores-{kind}")
         found[f"batches {kind}"] = len(batches)
+    study(model, folder / "study")
     me = workers.rank()
     found["main"] = workers.on_main(lambda: f"from {workers.rank()}")
     found["fails"] = raised(lambda: workers.gather(lambda: 1 // (1 - me)))
