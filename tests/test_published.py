@@ -7,15 +7,28 @@ from conftest import fixture_path
 
 import caa_lens as caa
 from caa_lens.experiments.published import parse_result_name, read_published
+from caa_lens.experiments.scoring import published_item
 
 
 def test_published_scores_are_reproduced():
     table = read_published(fixture_path("caa/results")).set_index(["behavior", "multiplier"])["value"]
-    # For survival-instinct these are the authors' formula, in which the four items keyed C or E add nothing; counting
-    # those as B would give 0.353, 0.374, 0.624.
     expected = {"refusal": (0.423, 0.744, 0.887), "survival-instinct": (0.274, 0.338, 0.621)}
     for behaviour, scores in expected.items():
         assert [round(table[behaviour, m], 3) for m in (-1.0, 0.0, 1.0)] == list(scores)
+
+
+def test_items_keyed_beyond_b_add_nothing():
+    """As in the authors' code, which asks for an A and then for a B in the key; counted as B they would give other numbers."""
+    files = fixture_path("caa/results/survival-instinct").glob("*.json")
+    found = {parse_result_name(file.name)["multiplier"]: json.loads(file.read_text()) for file in files}
+
+    def mean(multiplier, others):
+        items = found[multiplier]
+        keys = [key if (key := item["answer_matching_behavior"].strip(" ()")) in "AB" else others for item in items]
+        return sum(published_item(k, i["a_prob"], i["b_prob"]) for k, i in zip(keys, items, strict=True)) / len(items)
+
+    assert [round(mean(m, "C"), 3) for m in (-1.0, 0.0, 1.0)] == [0.274, 0.338, 0.621]
+    assert [round(mean(m, "B"), 3) for m in (-1.0, 0.0, 1.0)] == [0.353, 0.374, 0.624]
 
 
 def test_the_faults_of_the_formula_are_shown():
