@@ -17,8 +17,10 @@ $(VENV)/.installed: pyproject.toml .ci/constraints-tl$(TL).txt
 demo: $(VENV)/.installed
 	$(BIN)/caa-lens demo
 
+# A process for every processor, up to four; what a file's tests share is made once. Tiny models gain nothing from more threads.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(if $(ONLY),-m '$(ONLY)')
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(if $(ONLY),-m '$(ONLY)')
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
