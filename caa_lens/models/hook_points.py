@@ -31,7 +31,7 @@ def hooks(model: Model, added: Sequence[Hook]) -> Iterator[Callable[[], None]]:
     """Adds forward hooks for the block's duration; yields a function that puts them back if `reset_hooks()` removed them.
 
     They stand among those of `model.hooks(...)` in the order of entry. TransformerLens' own context is not used: on a bridge it
-    collects all names of all hook points again for every hook, which takes longer than a forward pass. Where SAELens has put an
+    collects the names of all hook points again for every hook (about 10 ms each in a model of 30 layers). Where SAELens has put an
     SAE in the place of a hook point, the hooks act on what the SAE gives out.
 
     Raises:
