@@ -53,7 +53,8 @@ def claim_folder(file: Path, signature: str, about: Mapping[str, Any]) -> None:
 
 
 def is_claimed(file: Path, signature: str, what: str) -> bool:
-    """Whether `file` says that its folder belongs to the run of this signature; False where there is no such file.
+    """Whether `file` says that its folder belongs to the run of this signature; False where there is no such file. A call alone
+    refuses a folder of another run.
 
     Raises:
         InputError: it belongs to another run; `what` names such a run.

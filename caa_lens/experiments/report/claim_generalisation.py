@@ -36,16 +36,26 @@ def generalises(lab: Lab) -> Section:
         progress=lab.progress,
     )
     table = result.to_pandas()
-    forms = table[[test.startswith(f"{source}, ") for source, test in zip(table["source"], table["test"], strict=True)]]
+    of = list(zip(table["source"], table["test"], strict=True))
+    forms = table[[_is_form(test, source) for source, test in of]]
     shown = forms["beyond"] & (forms["effect"] > 0)
     status: Status = "described" if forms.empty else "holds" if shown.all() else "mixed" if shown.any() else "null"
     notes = (
         f"All at layer {lab.layer(first)}, chosen on {first}. The status is of each vector on other forms of its own behaviour.",
     )
     # The table has every pair; said in words are a vector's own behaviour, and other forms of it.
-    lines = result.verdict().splitlines()
-    own = [line for source in vectors for line in lines if line.startswith(f"{source} on {source}")]
+    said = list(zip(of, result.verdict().splitlines(), strict=True))
+    own = [
+        line
+        for name in vectors
+        for (source, test), line in said
+        if source == name and (test == name or _is_form(test, name))
+    ]
     return Section(status, "\n".join(own), {"transfer": table}, {"transfer": result.plot()}, notes=notes)
+
+
+def _is_form(test: str, behaviour: str) -> bool:
+    return test.startswith(f"{behaviour}, ")
 
 
 def _other_forms(name: str, pairs: PairSet) -> dict[str, PairSet]:

@@ -119,8 +119,7 @@ def _sign(folder: Path, study: Study) -> None:
         InputError: it is another's.
     """
     file = folder / "study.json"
-    is_claimed(
-        file, study.signature, "study"
-    )  # refuses another's; a study that goes on records the versions that it goes on with
+    is_claimed(file, study.signature, "study")  # refuses another's
+    # Written again where the study goes on: it records the versions that it goes on with.
     about = {"study": asdict(study), "versions": {name: version(name) for name in VERSIONS}}
     claim_folder(file, study.signature, about)
