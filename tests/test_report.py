@@ -10,7 +10,16 @@ from conftest import KINDS, fixture_path, tiny_llama
 
 import caa_lens as caa
 from caa_lens.cli import main
-from caa_lens.experiments.report import Study, estimate, load_study, presets, published_numbers, reproduce, study_of
+from caa_lens.experiments.report import (
+    Study,
+    claim_cost,
+    estimate,
+    load_study,
+    presets,
+    published_numbers,
+    reproduce,
+    study_of,
+)
 from caa_lens.experiments.report import run as running
 from caa_lens.experiments.report.claims import CLAIMS
 from caa_lens.experiments.report.section import NotRun, Section, read_section, save_section, together
@@ -124,6 +133,17 @@ def test_killed_and_resumed_gives_the_same_files(finished, study, tmp_path, monk
     assert not list((tmp_path / "s").rglob("*.tmp"))
     with pytest.raises(caa.InputError, match="holds another study"):
         reproduce(replace(study, seed=1), tmp_path / "s")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_baked_vector_counts_as_equal_to_rounding_and_no_further(study, dtype, tmp_path, monkeypatch):
+    small = replace(study, behaviours=("formality",), claims=(8,), layer=1, finetune=(), dtype=dtype)
+    monkeypatch.setattr(claim_cost, "NEW_TOKENS", 2)
+    reproduce(small, tmp_path / "right", progress=False, say=lambda line: None)
+    assert sections(tmp_path / "right")["08-all"].status == "holds"
+    monkeypatch.setattr(claim_cost, "bake", lambda model, v: caa.bake(model, 1.5 * v))
+    reproduce(small, tmp_path / "wrong", progress=False, say=lambda line: None)
+    assert sections(tmp_path / "wrong")["08-all"].status == "opposite"
 
 
 def test_what_is_missing_does_not_stop_the_others(study, tmp_path):
