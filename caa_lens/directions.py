@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from caa_lens.errors import InputError
+
 Strength = float | Float[Tensor, "batch 1 1"]
 """One strength for all rows, or one a row."""
 
@@ -77,7 +79,15 @@ def gate(
         threshold: compared with x . w / |w|, in the units of the residual stream.
         along: w; by default the steering direction itself (so `-1 * v` turns the gate's direction too).
         below: act where the component is below the threshold in place of above it.
+
+    Raises:
+        InputError: `along` is no tensor.
     """
+
+    if along is not None and not isinstance(along, Tensor):
+        raise InputError(
+            f"gate(along=) takes a tensor [d_model], got {type(along).__name__}; of a vector v, take v.tensor."
+        )
 
     def gated(activations: Tensor, direction: Tensor, strength: Strength = 1.0) -> Tensor:
         size = component(activations, direction if along is None else along)
@@ -184,6 +194,8 @@ def control_weights(
         (half of mean over pairs keyed with the first letter minus mean over those keyed with the second), and
         `letter-balanced`, the mean over keys of the mean within each, in which the letter cancels.
     """
+    if len(keys) < 2:
+        return {}  # one pair's labels cannot be shuffled
     weights = {f"shuffled-{k}": row for k, row in enumerate(shuffled_signs(len(keys), n_shuffles, seed=seed))}
     counts = Counter(keys)
     if None in counts or len(counts) < 2:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -34,6 +35,7 @@ from caa_lens.models import (
     check_layers,
     describe,
     device_of,
+    has_hooks,
     hooks,
     pad,
     run,
@@ -76,7 +78,8 @@ def extract(
             to four characters, such as `(A)`, else `"completion_mean"`.
         template: how prompts are written; the model's default otherwise.
         batch_size: pairs run together; it changes the speed only.
-        share_prefix: run what pairs have in common once. False runs every text whole, which is slower and equal.
+        share_prefix: run what pairs have in common once. False runs every text whole, which is slower and equal. With hooks of
+            yours on the model, every text is run whole and by itself, so that they act as in a pass of your own.
         store: a folder for the activations themselves, as safetensors shards (`load_activations` reads them). If it
             holds shards of an interrupted run of the same extraction, they are not computed again.
         progress: show a progress bar.
@@ -92,7 +95,7 @@ def extract(
     """
     plan = plan_extraction(model, pairs, layers=layers, read=read, template=template, batch_size=batch_size)
     weights = control_weights([pair.key for pair in pairs])
-    table = torch.stack(list(weights.values()))
+    table = torch.stack(list(weights.values())) if weights else torch.zeros(0, len(pairs))
     moments = Moments.zeros(len(plan.layers), plan.info.d_model, len(table))
     for batch in iterate_activations(model, plan, share_prefix=share_prefix, store=store, progress=progress):
         moments.update(batch.positive, batch.negative, table[:, list(batch.index)])
@@ -174,8 +177,10 @@ def iterate_activations(
     what = f"extract {plan.pairs.name}"
     require_same(plan.signature, what)
     folder = on_main(lambda: open_store(Path(store), plan.signature, _about(plan))) if store is not None else None
-    # Cached pieces of a text are not what a surrounding steer() has to see to find its positions.
-    reader = _Reader(model, plan, share_prefix and not is_steered(model))
+    # Neither a surrounding steer() nor a user's own hooks find their positions in cached pieces of a text; the latter not in a
+    # padded batch either.
+    whole = has_hooks(model)
+    reader = _Reader(model, plan, share_prefix and not whole, alone=whole and not is_steered(model))
     with (
         hooks(model, capture_hooks(plan.layers, reader.capture)),
         tqdm(total=len(plan.pairs), desc=what, unit="pair", disable=not (progress and is_main())) as bar,
@@ -209,9 +214,8 @@ def _about(plan: ExtractionPlan) -> dict[str, Any]:
 class _Reader:
     """Runs batches of pairs and collects `resid_post` at the positions read."""
 
-    def __init__(self, model: Model, plan: ExtractionPlan, share_prefix: bool) -> None:
-        self.model, self.plan, self.device = model, plan, device_of(model)
-        self.pad_id = tokenizer_of(model).pad_token_id or 0
+    def __init__(self, model: Model, plan: ExtractionPlan, share_prefix: bool, *, alone: bool) -> None:
+        self.model, self.plan, self.device, self.alone = model, plan, device_of(model), alone
         self.stop = plan.layers[-1] + 1
         sides = [side.ids for pair in plan.encoded for side in (pair.positive, pair.negative)]
         self.spans = [
@@ -232,22 +236,34 @@ class _Reader:
         pairs = [self.plan.encoded[i] for i in index]
         sides = [side for pair in pairs for side in (pair.positive, pair.negative)]
         spans = [span for i in index for span in self.spans[i]]
+        # Where the sides of a pair have nothing in common any more, or are read.
+        starts = [0] * len(sides)
+        if self.prefixes is not None:
+            shared = [min(pair.answer, spans[2 * i].start, spans[2 * i + 1].start) for i, pair in enumerate(pairs)]
+            starts = [length for length in shared for _ in range(2)]
+        if self.alone:
+            read = torch.cat([self._run([side], [span], [0]) for side, span in zip(sides, spans, strict=True)])
+        else:
+            read = self._run(sides, spans, starts)
+        return PairActivations(tuple(index), read[0::2].contiguous(), read[1::2].contiguous())
+
+    def _run(
+        self, sides: Sequence[Prompt], spans: Sequence[range], starts: Sequence[int]
+    ) -> Float[Tensor, "side layer d_model"]:
+        """The readings of texts that are run together, each behind the cached tokens before its start."""
         with known_prompts([side.instruction_end for side in sides]):
-            starts = [0] * len(sides)
             past = None
             if self.prefixes is not None:
-                shared = [min(pair.answer, spans[2 * i].start, spans[2 * i + 1].start) for i, pair in enumerate(pairs)]
-                starts = [length for length in shared for _ in range(2)]
                 past = self.prefixes.run([side.ids[:start] for side, start in zip(sides, starts, strict=True)])
-            rows = [side.ids[start : span.stop] for side, start, span in zip(sides, starts, spans, strict=True)]
-            tokens, mask = pad(rows, side="right", pad_id=self.pad_id, device=self.device)
+            stops = [len(side.ids) if self.alone else span.stop for side, span in zip(sides, spans, strict=True)]
+            rows = [side.ids[start:stop] for side, start, stop in zip(sides, starts, stops, strict=True)]
+            tokens, mask = pad(rows, side="right", device=self.device)
             self.weights = torch.zeros(mask.shape)
             for row, (span, start) in enumerate(zip(spans, starts, strict=True)):
                 self.weights[row, span.start - start : span.stop - start] = 1 / len(span)
             run(self.model, tokens, mask, past=past, stop_at_layer=self.stop)
         self.weights = None
-        read = torch.stack([self.found.pop(layer) for layer in self.plan.layers], 1)
-        return PairActivations(tuple(index), read[0::2].contiguous(), read[1::2].contiguous())
+        return torch.stack([self.found.pop(layer) for layer in self.plan.layers], 1)
 
 
 def _positions_read(read: Read, pair: EncodedPair, side: Prompt) -> range:
@@ -281,7 +297,7 @@ def _to_vectors(moments: Moments, plan: ExtractionPlan, control_names: Sequence[
         return VectorSet(
             [
                 SteeringVector(
-                    direction.clone(),
+                    direction,
                     layer,
                     made,
                     residual_norm=norm,

@@ -160,6 +160,10 @@ def steering_hooks(
         def mask(activations: Tensor) -> Tensor | None:
             nonlocal seen
             batch, length = activations.shape[:2]
+            if len(tokens) not in (1, batch):
+                raise InputError(
+                    f"hooks made for {len(tokens)} rows of tokens saw a batch of {batch}; make them from the tokens that you run."
+                )
             if length == tokens.shape[1] and not (length == 1 and seen):
                 seen = 0
             elif seen == 0 or callable(positions):

@@ -22,11 +22,11 @@ from caa_lens.models import (
     Prefix,
     capture_hooks,
     device_of,
+    has_hooks,
     hooks,
     pad,
     run,
     run_branches,
-    tokenizer_of,
 )
 
 Mode = Literal["replace", "add"]
@@ -70,7 +70,7 @@ class PatchedRuns:
     @torch.no_grad()
     def __init__(self, model: Model, cases: Sequence[Case], patches: Patches, chunks: Chunks) -> None:
         self.model, self.cases, self.patches, self.chunks = model, cases, patches, chunks
-        self.device, self.pad_id = device_of(model), tokenizer_of(model).pad_token_id or 0
+        self.device, self.whole = device_of(model), has_hooks(model)
         self.answers = torch.tensor([case.answers for case in cases], device=self.device)
         self.activations: dict[int, Float[Tensor, "case pos d_model"]] = {}  # of the source runs, by layer
         self.target = self._whole([case.target.ids for case in cases])
@@ -84,7 +84,7 @@ class PatchedRuns:
         """Yields (number of the column, logit differences of the patched runs), each when it is done."""
         todo = []
         for number, column in enumerate(columns):
-            if self.patches.mode == "replace" and column.changes_nothing(self.cases):
+            if self.patches.mode == "replace" and not self.whole and column.changes_nothing(self.cases):
                 yield number, self.target[:, None].expand(-1, len(self.patches.windows))
             else:
                 todo.append(number)
@@ -92,7 +92,9 @@ class PatchedRuns:
         past, done = None, [0] * len(self.cases)
         while todo:
             # In every row the prefix ends before the first position that one of the columns left changes.
-            starts = [min(columns[i].target[row].start for i in todo) for row in range(len(self.cases))]
+            starts = [
+                0 if self.whole else min(columns[i].target[row].start for i in todo) for row in range(len(self.cases))
+            ]
             past, done = self._grown(past, done, starts), starts
             tokens, mask = self._pad([case.target.ids[s:] for case, s in zip(self.cases, starts, strict=True)])
             together = max(1, self.chunks.budget // (tokens.numel() * len(self.patches.windows)))
@@ -125,7 +127,7 @@ class PatchedRuns:
         return self.difference(logits)
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "case pos"], Int[Tensor, "case pos"]]:
-        return pad(rows, side="left", pad_id=self.pad_id, device=self.device)
+        return pad(rows, side="left", device=self.device)
 
     @torch.no_grad()
     def _grown(self, past: Prefix | None, done: Sequence[int], starts: Sequence[int]) -> Prefix | None:

@@ -30,7 +30,7 @@ from caa_lens.alignment import Answers, Case, Column, Position, cases_of, column
 from caa_lens.chunks import Chunks
 from caa_lens.errors import InputError
 from caa_lens.hooks import flatten, template_for
-from caa_lens.models import Model, check_layers, describe, tokenizer_of
+from caa_lens.models import Model, check_layers, describe, has_hooks, tokenizer_of
 from caa_lens.pairs import ContrastPair, PairSet
 from caa_lens.patched_runs import Mode, PatchedRuns, Patches
 from caa_lens.positions import is_steered
@@ -163,7 +163,8 @@ def patch(
         mode: `"replace"` or `"add"`; by default a run's activations replace, a vector is added.
         window: how many layers are patched together, from each layer upwards.
         template: how prompts are written; the model's default otherwise.
-        batch_size: pairs run together; it changes the speed only.
+        batch_size: pairs run together; it changes the speed only. With hooks of yours on the model, every run is made whole and
+            by itself, so that they act as in a pass of your own.
         progress: show a progress bar.
 
     Returns:
@@ -203,6 +204,7 @@ def patch(
         info.require_room(case.name, longest)
 
     n, chunks = len(cases), Chunks()
+    batch_size = 1 if has_hooks(model) else batch_size
     patched = torch.zeros(n, len(rows), len(columns))
     baseline, reference = torch.zeros(n), torch.zeros(n)
     order = sorted(range(n), key=lambda i: len(cases[i].target.ids))

@@ -8,8 +8,9 @@
     mask                a boolean tensor over the prompt's columns; generated tokens are not steered
     function            token ids [pos] -> boolean [pos], called with all ids of a row so far
 
-Padding is never steered and never counted. With a KV cache a forward pass sees only new tokens; `PositionTracker` keeps what came
-before, so that a cached run, an uncached run and a padded batch are masked alike.
+Padding is never counted, and never steered but where it makes no difference (`all`, without a mask). With a KV cache a forward pass
+sees only new tokens; `PositionTracker` keeps what came before, so that a cached run, an uncached run and a padded batch are masked
+alike.
 """
 
 from __future__ import annotations
@@ -156,6 +157,11 @@ class PositionTracker:
         if self.positions == "all":
             self.current = real
             return
+        if inputs.tokens is None:
+            raise InputError(
+                f"positions={self.positions!r} depends on the tokens, which this forward pass does not show: it was given "
+                "embeddings, or began at a later block; use positions='all', or give the model token ids."
+            )
         continues = inputs.past > 0
         if continues and (self._rows is None or self._columns != inputs.past or len(self._rows) != batch):
             raise InputError(
@@ -163,12 +169,10 @@ class PositionTracker:
                 f"{inputs.past} positions that was not filled inside steer(); run the prompt inside the context, or use "
                 "positions='all'."
             )
-        if inputs.tokens is None:
-            raise InputError(
-                f"positions={self.positions!r} depends on the tokens, but the model was given embeddings; use "
-                "positions='all', or give it token ids."
-            )
-        new = [row[keep].tolist() for row, keep in zip(inputs.tokens.cpu().expand(batch, length), real, strict=True)]
+        tokens = inputs.tokens.cpu().expand(batch, length)
+        if inputs.mask is None and not continues:
+            real &= ~self._right_padding(tokens)
+        new = [row[keep].tolist() for row, keep in zip(tokens, real, strict=True)]
         if continues:
             assert self._rows is not None
             self._rows = [old + row for old, row in zip(self._rows, new, strict=True)]
@@ -176,6 +180,15 @@ class PositionTracker:
             self._start(new, inputs, length)
         self._columns = inputs.past + length
         self.current = self._mask(real, [len(row) for row in new], continues)
+
+    def _right_padding(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Pad tokens that end some rows of a batch: TransformerLens makes no mask for these, since no real token sees them. What
+        every row ends in is text."""
+        pad_id = getattr(self.model.tokenizer, "pad_token_id", None)
+        if pad_id is None:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        ending = (tokens == pad_id).long().flip(1).cumprod(1).sum(1, keepdim=True)
+        return torch.arange(tokens.shape[1]) >= tokens.shape[1] - (ending - ending.min())
 
     def _start(self, rows: list[list[int]], inputs: Inputs, length: int) -> None:
         self._rows = rows

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from caa_lens.models import Model, Prefix, device_of, pad, run, tokenizer_of
+from caa_lens.models import Model, Prefix, device_of, pad, run
 
 
 class PrefixRunner:
@@ -19,7 +19,6 @@ class PrefixRunner:
     def __init__(self, model: Model, head: tuple[int, ...]) -> None:
         self.model, self.head = model, head
         self.device = device_of(model)
-        self.pad_id = tokenizer_of(model).pad_token_id or 0
         self._cached_head: Prefix | None = None
 
     def run(self, prefixes: Sequence[tuple[int, ...]]) -> Prefix | None:
@@ -30,7 +29,7 @@ class PrefixRunner:
         rest = [prefix[len(self.head) :] for prefix in distinct]
         past = self._expanded_head(len(distinct))
         if any(rest):
-            tokens, mask = pad(rest, side="right", pad_id=self.pad_id, device=self.device)
+            tokens, mask = pad(rest, side="right", device=self.device)
             _, past = run(self.model, tokens, mask, past=past, grow=True)
         assert past is not None
         index = [distinct.index(prefix) for prefix in prefixes]
@@ -42,7 +41,7 @@ class PrefixRunner:
         if not self.head:
             return None
         if self._cached_head is None:
-            tokens, mask = pad([self.head], side="right", pad_id=self.pad_id, device=self.device)
+            tokens, mask = pad([self.head], side="right", device=self.device)
             _, self._cached_head = run(self.model, tokens, mask, grow=True)
         assert self._cached_head is not None
         return self._cached_head.rows(torch.zeros(rows, dtype=torch.long, device=self.device))

@@ -108,10 +108,11 @@ def project(
     rows = [_encode(model, chosen, one, max_new_tokens) for one in texts]
     added = flatten(model, steering) if steering is not None else []
     stop_ids = chosen.stop_ids(tokenizer) if max_new_tokens else frozenset()
-    # Steering and the user's own hooks may depend on seeing a whole text at once.
+    surrounded = is_steered(model)  # by a context whose strengths may belong to the rows as they are given
+    # Steering and the user's own hooks may depend on seeing a whole text at once, the latter on seeing no other.
+    batch_size = 1 if has_hooks(model) and not surrounded else batch_size
     reader = _Reader(model, targets, measure, stop_ids, in_pieces=not added and not has_hooks(model))
     specials = set(tokenizer.all_special_ids)
-    surrounded = is_steered(model)  # by a context whose strengths may belong to the rows as they are given
     words = _in_words(model, added, positions)
     found: dict[int, Projection] = {}
     with ExitStack() as stack:
@@ -274,8 +275,7 @@ class _Reader:
         ]
 
     def _run(self, ids: Sequence[Sequence[int]], advance: Callable[[int], Any]) -> None:
-        pad_id = tokenizer_of(self.model).pad_token_id or 0
-        tokens, mask = pad(ids, side="left", pad_id=pad_id, device=device_of(self.model))
+        tokens, mask = pad(ids, side="left", device=device_of(self.model))
         if not self.in_pieces or tokens.shape[1] <= PIECE:
             run(self.model, tokens, mask, stop_at_layer=max(self.directions) + 1)
             advance(int(mask.sum()))

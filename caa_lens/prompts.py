@@ -148,15 +148,20 @@ class Template(ABC):
         tail = "" if completion is None else self.complete(completion)
         encoding = tokenizer(prompt + tail, add_special_tokens=False, return_offsets_mapping=True)
         bos = self.bos(tokenizer, prompt)
-        starts, ends = zip(*encoding["offset_mapping"], strict=True)
-        end = max(index for index, start in enumerate(starts) if start < len(prompt))
+        offsets = encoding["offset_mapping"]
+        # The last token that begins in the prompt; of an empty prompt, the BOS.
+        end = max((index for index, (start, _) in enumerate(offsets) if start < len(prompt)), default=-1) + len(bos)
+        if end < 0:
+            raise InputError(
+                f"the prompt is empty, and {type(tokenizer).__name__} has no BOS token; give at least one token."
+            )
         behind = len(prompt) + len(self.joiner)
-        completion_start = next((index for index, stop in enumerate(ends) if stop > behind), len(ends))
+        completion_start = next((index for index, (_, stop) in enumerate(offsets) if stop > behind), len(offsets))
         return Prompt(
             tuple(bos + encoding["input_ids"]),
             prompt + tail,
-            end + len(bos),
-            (completion_start if completion is not None else len(ends)) + len(bos),
+            end,
+            (completion_start if completion is not None else len(offsets)) + len(bos),
         )
 
     def _check_marker(self, tokenizer: Any, prompt: str, expected: int) -> None:

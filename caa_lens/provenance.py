@@ -8,6 +8,11 @@ from dataclasses import dataclass, field, fields
 from caa_lens.errors import InputError
 
 
+def same_model(name: str, other: str) -> bool:
+    """Whether two names are of one model: they agree, organisation and case aside."""
+    return name.rsplit("/", 1)[-1].lower() == other.rsplit("/", 1)[-1].lower()
+
+
 @dataclass(frozen=True)
 class Provenance:
     """How a vector was made; everything needed to make it again or to see that it does not fit.
@@ -47,7 +52,8 @@ class Provenance:
             ("basis", "to_basis('centred') makes a raw vector fit a centred one"),
         ):
             mine, theirs = getattr(self, key), getattr(other, key)
-            if mine != theirs and {mine, theirs} != {"raw", "folded"}:
+            alike = same_model(mine, theirs) if key == "model" else {mine, theirs} == {"raw", "folded"}
+            if mine != theirs and not alike:
                 raise InputError(f"vectors of {key} {mine!r} and {theirs!r} cannot be combined; {remedy}.")
         same = {f.name: getattr(self, f.name) for f in fields(self)}
         for key in ("pairs_hash", "template", "template_hash", "read", "normalized_across"):

@@ -230,7 +230,7 @@ def generate_ids(
         The new ids, one row a prompt.
     """
     tokenizer = tokenizer_of(model)
-    tokens, mask = pad(prompts, side="left", pad_id=tokenizer.pad_token_id or 0, device=device_of(model))
+    tokens, mask = pad(prompts, side="left", device=device_of(model))
     rows: list[list[int]] = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
     said, past = "", None

@@ -44,9 +44,10 @@ class SteeringVector:
     residual_norm: float | None = None
     raw_norm: float | None = None
     controls: Mapping[str, SteeringVector] = field(default_factory=dict, repr=False)
+    __array_ufunc__ = None  # NumPy leaves `np.float64(2) * v` to this class
 
     def __post_init__(self) -> None:
-        tensor = torch.as_tensor(self.tensor).detach().to("cpu", torch.float32)
+        tensor = torch.as_tensor(self.tensor).detach().to("cpu", torch.float32, copy=True)
         if tensor.ndim != 1 or tensor.shape[0] != self.provenance.d_model:
             raise InputError(
                 f"a steering vector for {self.provenance.model} has shape [{self.provenance.d_model}]; got "

@@ -5,6 +5,7 @@ normalised v_b = v_b * mean over b' of |v_b'| / |v_b|        at each layer, over
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from caa_lens.directions import rescale_to_mean_norm
 from caa_lens.errors import InputError, MissingError
-from caa_lens.provenance import Provenance
+from caa_lens.provenance import Provenance, same_model
 from caa_lens.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class VectorSet(Mapping[int, SteeringVector]):
         MissingError: controls that lack a layer; (on access) a layer that is not in the set.
     """
 
+    __array_ufunc__ = None  # NumPy leaves `np.float64(2) * vectors` to this class
+
     def __init__(self, vectors: Sequence[SteeringVector], controls: Mapping[str, VectorSet] | None = None) -> None:
         if not vectors:
             raise InputError("a VectorSet needs at least one vector.")
@@ -44,7 +47,8 @@ class VectorSet(Mapping[int, SteeringVector]):
         if len(self._by_layer) != len(vectors):
             raise InputError("two vectors of the same layer in one VectorSet; add them, or pass a list to steer().")
         for vector in vectors:
-            if (vector.provenance.model, vector.provenance.n_layers) != (self.provenance.model, self.n_layers):
+            same = same_model(vector.provenance.model, self.provenance.model)
+            if not same or vector.provenance.n_layers != self.n_layers:
                 raise InputError(
                     f"vectors of {self.provenance.model} and {vector.provenance.model} in one VectorSet; keep one "
                     "set a model."
@@ -73,10 +77,13 @@ class VectorSet(Mapping[int, SteeringVector]):
         return tuple(self._by_layer)
 
     def __getitem__(self, layer: int) -> SteeringVector:
-        index = layer + self.n_layers if layer < 0 else layer
-        if index not in self._by_layer:
-            raise MissingError(f"no vector for layer {layer}; this set has the layers {_ranges(self.layers)}.")
-        return self._by_layer[index]
+        try:
+            index = operator.index(layer) % self.n_layers if -self.n_layers <= layer < 0 else operator.index(layer)
+            return self._by_layer[index]
+        except (TypeError, KeyError) as error:
+            raise MissingError(
+                f"no vector for layer {layer!r}; this set is indexed by one number of the layers {_ranges(self.layers)}."
+            ) from error
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._by_layer)
@@ -167,7 +174,8 @@ def normalize_across(sets: Mapping[str, VectorSet]) -> dict[str, VectorSet]:
     first = next(iter(sets.values()))
     for name, vectors in sets.items():
         mine, others = vectors.provenance, first.provenance
-        if vectors.layers != first.layers or (mine.model, mine.basis) != (others.model, others.basis):
+        same = same_model(mine.model, others.model) and mine.basis == others.basis
+        if vectors.layers != first.layers or not same:
             raise InputError(
                 f"{name!r} has layers {_ranges(vectors.layers)} of {mine.model} ({mine.basis} weights), others have "
                 f"{_ranges(first.layers)} of {others.model} ({others.basis} weights), whose norms cannot be compared; extract "

@@ -45,7 +45,7 @@ def vector(layer: int, *, model: str = "tiny", norm: float = 3.0, seed: int = 0)
 
 def padded(model):
     rows = [caa.ChatTemplate().encode(model.tokenizer, question, "Fine, thanks.").ids for question in QUESTIONS]
-    return pad(rows, side="left", pad_id=0, device=device_of(model))
+    return pad(rows, side="left", device=device_of(model))
 
 
 @torch.no_grad()

@@ -92,6 +92,12 @@ def test_letter_controls_separate_letter_and_behaviour():
     torch.testing.assert_close((weights["letter"][:, None] * differences).mean(0), letter)
     torch.testing.assert_close((weights["letter-balanced"][:, None] * differences).mean(0), behaviour)
     assert set(directions.control_weights([None, "A"])) == {"shuffled-0", "shuffled-1", "shuffled-2"}
+    assert directions.control_weights(["A"]) == {}  # one pair's labels cannot be shuffled
+
+
+def test_a_gate_takes_a_tensor(unchecked):
+    with pytest.raises(caa.InputError, match=r"take v\.tensor"):
+        caa.gate(caa.add, 1.0, along="v")
 
 
 def test_random_control_has_the_norm_and_is_seeded(v):

@@ -1,5 +1,6 @@
 """Loading from every kind of place, both classes, weight bases, and errors in one sentence."""
 
+import copy
 import subprocess
 import sys
 
@@ -180,7 +181,7 @@ def test_branches_share_what_lies_below_their_layer():
     rows = []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[0]))
-    tokens, mask = pad([[1, 2, 3], [4, 5]], side="right", pad_id=0, device=torch.device("cpu"))
+    tokens, mask = pad([[1, 2, 3], [4, 5]], side="right", device=torch.device("cpu"))
     branches = [Branch({layer: lambda x: x + 1}) for layer in (0, 0, 1)]
     with torch.no_grad():
         run_branches(model, tokens, mask, branches, lambda logits: logits, at=torch.zeros(2, 1, dtype=torch.long))
@@ -202,3 +203,36 @@ def test_the_embedded_gguf_is_converted_once(embedded):
     before = path.stat().st_mtime_ns
     assert convert_gguf(_embedded_gguf()).stat().st_mtime_ns == before
     assert (describe(embedded).n_layers, describe(embedded).d_model) == (30, 576)
+
+
+def test_a_pad_token_outside_the_embedding_does_no_harm(kind, byte_tokenizer, pairs, tmp_path):
+    """The usual `add_special_tokens({"pad_token": "[PAD]"})` without resizing."""
+    byte_tokenizer.save_pretrained(tmp_path)
+    padded = type(byte_tokenizer).from_pretrained(tmp_path)
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    weights = tiny_llama(len(byte_tokenizer))
+    assert padded.pad_token_id >= weights.config.vocab_size
+    mine, other = (as_lens(kind, copy.deepcopy(weights), each) for each in (padded, byte_tokenizer))
+    found, expected = (caa.extract(m, pairs, progress=False).stack() for m in (mine, other))
+    assert torch.equal(found, expected)
+    prompts = ["Hi.", "Is it as late as that?"]
+    assert caa.generate(mine, prompts, max_new_tokens=3) == caa.generate(other, prompts, max_new_tokens=3)
+
+
+def test_loaded_weights_can_be_differentiated(model):
+    """As those of TransformerLens' own loading: attribution patching needs gradients."""
+    options = {"return_type": "loss", "incl_bwd": True, "names_filter": lambda name: name.endswith("resid_post")}
+    _, cache = model.run_with_cache(torch.tensor([[1, 2, 3]]), **options)
+    assert any(name.endswith("_grad") for name in cache)
+    model.zero_grad()
+
+
+def test_centred_weights_are_told_from_raw_ones_without_folding(byte_tokenizer, kind):
+    model = processed_gpt2(byte_tokenizer, kind, processed=False)
+    assert weight_basis(model) == "raw"
+    if kind == "bridge":
+        model.process_weights()
+    else:
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_and_process_state_dict(state, fold_ln=False, center_writing_weights=True)
+    assert weight_basis(model) == "centred"

@@ -1,5 +1,7 @@
 """Token ids as the paper's procedure writes them, spans, answer positions, markers."""
 
+import copy
+
 import pytest
 from conftest import fixture_path
 
@@ -136,3 +138,15 @@ def test_default_templates(byte_tokenizer, llama_tokenizer):
 
 def test_stop_ids_hold_the_end_of_turn(byte_tokenizer):
     assert byte_tokenizer.convert_tokens_to_ids("<|im_end|>") in caa.ChatTemplate().stop_ids(byte_tokenizer)
+
+
+def test_an_empty_prompt_is_its_bos(byte_tokenizer, model):
+    prompt = caa.Plain().encode(byte_tokenizer, "")
+    assert (prompt.ids, prompt.instruction_end) == ((byte_tokenizer.bos_token_id,), 0)
+    whole = caa.Plain().encode(byte_tokenizer, "", "Yes")
+    assert (whole.instruction_end, whole.completion_start) == (0, 1)
+    assert isinstance(caa.generate(model, "", template=caa.Plain(), max_new_tokens=2), str)
+    without = copy.deepcopy(byte_tokenizer)
+    without.bos_token = None
+    with pytest.raises(caa.InputError, match="has no BOS token"):
+        caa.Plain().encode(without, "")

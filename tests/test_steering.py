@@ -57,7 +57,7 @@ def test_cached_uncached_alone_and_padded_agree(model, vectors, positions, opera
                     found.append(logits[0])
             torch.testing.assert_close(torch.cat(found), expected, atol=2e-4, rtol=1e-4)
         for side in ("left", "right"):
-            tokens, mask = pad([row.ids for row in rows], side=side, pad_id=0, device=device_of(model))
+            tokens, mask = pad([row.ids for row in rows], side=side, device=device_of(model))
             with known_prompts(ends), torch.no_grad():
                 logits, _ = run(model, tokens, mask, logits=tokens.shape[1])
             for index, expected in enumerate(alone):
@@ -67,7 +67,7 @@ def test_cached_uncached_alone_and_padded_agree(model, vectors, positions, opera
 @pytest.mark.parametrize("positions", [*POSITIONS.values(), torch.arange(60) > 30], ids=[*POSITIONS, "mask"])
 def test_only_the_asked_positions_change_and_never_padding(model, vectors, positions):
     rows = prompts(model, completion="Yes.")
-    tokens, mask = pad([row.ids for row in rows], side="left", pad_id=0, device=device_of(model))
+    tokens, mask = pad([row.ids for row in rows], side="left", device=device_of(model))
     if isinstance(positions, torch.Tensor):
         positions = positions[-tokens.shape[1] :]
 
@@ -428,3 +428,67 @@ def test_models_with_learned_positions_and_layer_norm(gpt2, pairs):
             caa.generate(gpt2, q, max_new_tokens=5) for q in QUESTIONS
         ]
     assert vectors.provenance.basis == "raw"
+
+
+@pytest.mark.parametrize("positions", ["after_instruction", "last", slice(-2, None), "generated"], ids=str)
+def test_right_padding_without_a_mask_is_not_counted(model, vectors, positions):
+    """TransformerLens makes no mask for it: the shorter row's own last tokens are steered, and what every row ends in is text."""
+    rows = [caa.ChatTemplate().encode(model.tokenizer, text).ids for text in ("Hi.", "What is the time, if I may ask?")]
+    pad_id = model.tokenizer.pad_token_id
+    for ending in ((), (pad_id,)):
+        texts = [[*row, *ending] for row in rows]
+        width = max(map(len, texts))
+        batch = torch.tensor([text + [pad_id] * (width - len(text)) for text in texts])
+        with torch.no_grad(), caa.steer(model, 3 * vectors[1], positions=positions):
+            together = model(batch)
+            for row, text in zip(together, texts, strict=True):
+                torch.testing.assert_close(row[: len(text)], model(torch.tensor([text]))[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*RoPE was NOT applied")  # of a bridge's block by itself, with or without steering
+def test_a_pass_that_begins_at_a_later_block_is_not_steered_by_a_guess(model, vectors):
+    v, tokens = vectors[1], prompt_tokens(model, "Is it?")
+    other = prompt_tokens(model, "Is he?")  # as long
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+        stream = cache["blocks.0.hook_resid_post"].reshape(1, tokens.shape[1], -1)
+        unsteered = as_tensor(model.blocks[1](stream))
+        with caa.steer(model, v):
+            for before in (
+                lambda: None,
+                lambda: model(tokens),
+                lambda: model(other),
+                lambda: model(tokens.repeat(2, 1)),
+            ):
+                before()
+                with pytest.raises(caa.InputError, match="began at a later block"):
+                    model.blocks[1](stream)
+        with caa.steer(model, v, positions="all"):
+            torch.testing.assert_close(as_tensor(model.blocks[1](stream)), unsteered + v.tensor)
+            model.reset_hooks()
+            with pytest.warns(caa.CaaLensWarning, match="reset_hooks"):
+                torch.testing.assert_close(as_tensor(model.blocks[1](stream)), unsteered + v.tensor)
+
+
+def test_a_pass_in_two_parts_is_steered_as_one(model, vectors, kind):
+    if kind == "bridge":
+        pytest.skip("a bridge takes no start_at_layer")
+    tokens = prompt_tokens(model, "Is it?")
+    with torch.no_grad(), caa.steer(model, vectors[1]):
+        whole = model(tokens)
+        torch.testing.assert_close(model(model(tokens, stop_at_layer=1), start_at_layer=1), whole)
+
+
+def as_tensor(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def prompt_tokens(model, text):
+    return torch.tensor([caa.ChatTemplate().encode(model.tokenizer, text).ids])
+
+
+def test_plain_hooks_of_another_batch_are_refused(model, vectors):
+    tokens = prompt_tokens(model, "Is it?")
+    hooks = caa.steering_hooks(model, vectors[1], tokens=tokens.repeat(2, 1))
+    with pytest.raises(caa.InputError, match="2 rows of tokens saw a batch of 1"):
+        model.run_with_hooks(tokens, fwd_hooks=hooks)

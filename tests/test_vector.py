@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import fixture_path, relative_error
@@ -32,6 +33,37 @@ def test_algebra():
     assert (2 * v).relative_norm == pytest.approx(2 * v.norm / 10)
     assert v.with_norm(3).norm == pytest.approx(3)
     assert v.hook_name == "blocks.1.hook_resid_post"
+
+
+@pytest.mark.parametrize(
+    "factor", [np.float64(1.5), np.float32(1.5), torch.tensor(1.5), 1.5], ids=lambda f: type(f).__name__
+)
+def test_factors_of_any_kind_from_either_side(factor, unchecked):
+    for v in (vector(), caa.VectorSet([vector(0), vector(2)])):
+        for scaled in (factor * v, v * factor):
+            assert type(scaled) is type(v)
+    assert torch.equal((factor * caa.VectorSet([vector(2)]))[2].tensor, 1.5 * vector(2).tensor)
+
+
+def test_a_vector_keeps_its_numbers():
+    tensor = torch.ones(8)
+    v = caa.SteeringVector(tensor, 1, MADE)
+    tensor.zero_()
+    assert torch.equal(v.tensor, torch.ones(8))
+
+
+def test_names_of_one_model_combine():
+    other = vector(model="tiny")
+    assert torch.equal((vector() + other).tensor, 2 * other.tensor)
+    caa.normalize_across({"a": caa.VectorSet([vector()]), "b": caa.VectorSet([other])})
+
+
+@pytest.mark.parametrize("layer", [slice(0, 2), "1", (0, 1), 1.0, 3, -4])
+def test_a_set_is_indexed_by_a_layer(layer, unchecked):
+    vectors = caa.VectorSet([vector(2), vector(1)])
+    with pytest.raises(caa.MissingError, match="indexed by one number of the layers 1-2"):
+        vectors[layer]
+    assert vectors[np.int64(2)] is vectors[-2]
 
 
 def test_sets_are_mappings_with_the_same_algebra():

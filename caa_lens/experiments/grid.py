@@ -4,7 +4,7 @@
 
 No token before the first steered one depends on layer or multiplier. So the unsteered part of a text is run once, its KV cache is
 shared, and every (layer, direction) is a branch that re-runs only the steered tokens, from its own layer up. Equal to running
-every text whole under `steer` for every setting; nothing is approximated.
+every text whole under `steer` for every setting, which is what is done where a user's hooks are on the model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from caa_lens.chunks import Chunks
 from caa_lens.directions import Operator, add
-from caa_lens.models import Branch, Model, device_of, pad, run_branches, tokenizer_of
+from caa_lens.models import Branch, Model, device_of, has_hooks, pad, run_branches
 from caa_lens.positions import Positions, row_mask
 from caa_lens.prefixes import PrefixRunner, common_head
 from caa_lens.vector import SteeringVector
@@ -66,6 +66,7 @@ def grid_logprobs(
         batch_size: texts run together; memory is bounded by it and by `BRANCH_TOKENS`, results do not depend on it.
     """
     runner = _Runner(model, texts, vectors, positions, operator, strength)
+    batch_size = 1 if runner.alone else batch_size
     order = sorted(range(len(texts)), key=runner.length)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for chosen, found in zip(batches, shared_map(runner.run, batches), strict=True):
@@ -84,8 +85,8 @@ class _Runner:
     ) -> None:
         self.model, self.texts, self.vectors, self.device = model, texts, vectors, device_of(model)
         self.positions, self.operator, self.strength = positions, operator, strength
-        self.pad_id = tokenizer_of(model).pad_token_id or 0
         self.chunks = Chunks(BRANCH_TOKENS)
+        self.alone = has_hooks(model)  # a user's hooks act as in a pass over the whole text, and no other
         self.starts = [self.first_steered(text) for text in texts]
         head = common_head([text.ids for text in texts], limit=min(self.starts)) if texts else ()
         self.prefixes = PrefixRunner(model, head)
@@ -101,6 +102,8 @@ class _Runner:
 
     def first_steered(self, text: Text) -> int:
         """Where the branches of a text begin: its first steered token, or earlier if an earlier prediction is wanted."""
+        if self.alone:
+            return 0
         on = self.steered(text).nonzero()
         first_read = text.targets[0][0] - 1
         return min(int(on[0]) if len(on) else first_read, first_read)
@@ -110,8 +113,11 @@ class _Runner:
         texts, starts = [self.texts[i] for i in index], [self.starts[i] for i in index]
         past = self.prefixes.run([text.ids[:start] for text, start in zip(texts, starts, strict=True)])
         # The last target's own token is predicted, not run.
-        rows = [text.ids[start : text.targets[-1][0]] for text, start in zip(texts, starts, strict=True)]
-        tokens, mask = pad(rows, side="right", pad_id=self.pad_id, device=self.device)
+        rows = [
+            text.ids[start : None if self.alone else text.targets[-1][0]]
+            for text, start in zip(texts, starts, strict=True)
+        ]
+        tokens, mask = pad(rows, side="right", device=self.device)
         on = torch.zeros(mask.shape, dtype=torch.bool)
         for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
             on[row, : len(rows[row])] = self.steered(text)[start : start + len(rows[row])]

@@ -49,7 +49,7 @@ def text_to_learn(pair: EncodedPair, side: Side, loss: LossName) -> Text:
 def target_logprobs(model: Any, texts: Sequence[Text]) -> list[Float[Tensor, " target"]]:
     """log p of each text's targets given the text before them, in one forward pass of a Hugging Face model; differentiable."""
     rows = [text.ids[: text.targets[-1][0]] for text in texts]
-    tokens, mask = pad(rows, side="right", pad_id=0, device=model.device)
+    tokens, mask = pad(rows, side="right", device=model.device)
     first = min(text.targets[0][0] for text in texts) - 1
     places = [
         (row, index - 1 - first, token)

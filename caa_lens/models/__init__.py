@@ -18,10 +18,11 @@ from torch import Tensor
 
 from caa_lens.errors import InputError, MissingError
 from caa_lens.models import bridge, hooked
-from caa_lens.models.base import Basis, Branch, Host, Inputs, Model, Prefix
+from caa_lens.models.base import Basis, Branch, Host, Inputs, Model, Prefix, select_positions
 from caa_lens.models.hook_points import Hook, capture_hooks, has_hooks, hooks, resid_post
 from caa_lens.models.hooked import use_fast_layout
 from caa_lens.models.loading import identity, load_model
+from caa_lens.provenance import same_model
 
 __all__ = [
     "Branch",
@@ -75,8 +76,8 @@ class ModelInfo:
     base: str
 
     def same_model(self, name: str) -> bool:
-        """Whether a vector made on `name` belongs here: the names agree, organisation and case aside."""
-        return self.name.rsplit("/", 1)[-1].lower() == name.rsplit("/", 1)[-1].lower()
+        """Whether a vector made on `name` belongs here."""
+        return same_model(self.name, name)
 
     def require_room(self, what: str, n_tokens: int, *, max_new_tokens: int = 0) -> None:
         """Refuses a text that the context cannot hold.
@@ -183,7 +184,8 @@ def run_branches(
     at: Int[Tensor, "batch read"],
     past: Prefix | None = None,
 ) -> list[Tensor]:
-    """Many variants of one forward pass at once, each changing `resid_post` of its own layer; equal to running each alone.
+    """Many variants of one forward pass at once, each changing `resid_post` of its own layer; equal to running each alone, which is
+    what is done where a user's hooks are on the model: they may depend on what a pass looks like.
 
     Args:
         tokens, mask, past: as in `run`; `past` holds what no branch changes, and is left as it is.
@@ -194,7 +196,19 @@ def run_branches(
     Returns:
         One readout a branch, in their order.
     """
-    return host(model).run_branches(model, tokens, mask, past, branches, readout, at)
+    if not has_hooks(model):
+        return host(model).run_branches(model, tokens, mask, past, branches, readout, at)
+    found = []
+    for branch in branches:
+        with hooks(model, [_change_hook(layer, change) for layer, change in branch.changes.items()]):
+            logits, _ = run(model, tokens, mask, past=past, logits=tokens.shape[1])
+        assert logits is not None
+        found.append(readout(select_positions(logits, at)))
+    return found
+
+
+def _change_hook(layer: int, change: Callable[[Tensor], Tensor]) -> Hook:
+    return resid_post(layer), lambda activations, hook: change(activations)
 
 
 @contextmanager
@@ -212,11 +226,12 @@ def watch_inputs(model: Model, watcher: Callable[[Inputs], None]) -> Iterator[No
 
 
 def pad(
-    rows: Sequence[Sequence[int]], *, side: Literal["left", "right"], pad_id: int, device: torch.device
+    rows: Sequence[Sequence[int]], *, side: Literal["left", "right"], device: torch.device
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
-    """Token ids and 0/1 mask of rows of different length."""
+    """Token ids and 0/1 mask of rows of different length. Padding is token 0: the mask hides it, and not every tokenizer has a pad
+    token, nor every model a row of its embedding for it."""
     width = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    tokens = torch.zeros((len(rows), width), dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     for index, row in enumerate(rows):
         span = slice(width - len(row), width) if side == "left" else slice(0, len(row))

@@ -81,7 +81,8 @@ class Branch:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one forward pass was given: `tokens` is None where the model got embeddings; `mask` covers past and new."""
+    """What one forward pass was given: `tokens` is None where it got embeddings or began at a later block; `mask` covers past and
+    new."""
 
     tokens: Int[Tensor, "batch pos"] | None
     mask: Int[Tensor, "batch all"] | None

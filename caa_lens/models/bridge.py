@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from caa_lens.models.base import (
     share_weights,
     whole_mask,
 )
-from caa_lens.models.hook_points import Hook, capture_hooks, has_hooks, hooks, resid_post
+from caa_lens.models.hook_points import Hook, capture_hooks, hooks, resid_post
 from caa_lens.models.readout import unembed_each
 
 SEGMENTS = 512
@@ -30,11 +31,10 @@ SEGMENTS = 512
 
 
 def basis(model: Model) -> Basis:
-    """Raw unless compatibility mode processed the weights."""
-    if not model.compatibility_mode:
-        return "raw"
-    rms = "RMS" in str(model.cfg.normalization_type)
-    return "centred" if not rms and is_centred(model.W_E) else "folded"
+    """For LayerNorm from the embedding's row means, and from compatibility mode, which folds the norms' weights."""
+    if "RMS" not in str(model.cfg.normalization_type) and is_centred(model.W_E):
+        return "centred"
+    return "folded" if model.compatibility_mode else "raw"
 
 
 def run(
@@ -99,12 +99,12 @@ def run_branches(
 
 
 def _takes_segments(model: Model) -> bool:
-    """Whether attention depends on positions and mask as given, over the whole context, and no user's hook sees the layout."""
+    """Whether attention depends on positions and mask as given, over the whole context."""
     config = model.original_model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     whole = all(k == "full_attention" for k in kinds) if kinds else not getattr(config, "sliding_window", None)
     positions = str(getattr(model.cfg, "positional_embedding_type", None))
-    return whole and positions in ("rotary", "standard") and not has_hooks(model)
+    return whole and positions in ("rotary", "standard")
 
 
 def _run_segments(
@@ -167,16 +167,32 @@ def _branching(
 
 
 def watch(model: Model, watcher: Callable[[Inputs], None]) -> list[Any]:
-    """A PyTorch hook on the wrapped module, which sees tokens, mask and cache."""
+    """PyTorch hooks on the wrapped module, which sees tokens, mask and cache, and on every block: a user may call one by itself."""
+    reached = -2
 
     def model_hook(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        nonlocal reached
+        reached = -1
         tokens = args[0] if args else kwargs.get("input_ids")
         given = tokens if tokens is not None else kwargs["inputs_embeds"]
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         watcher(Inputs(tokens, kwargs.get("attention_mask"), past, (given.shape[0], given.shape[1])))
 
-    return [model.original_model.register_forward_pre_hook(model_hook, with_kwargs=True)]
+    def block_hook(layer: int, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        nonlocal reached
+        continues, reached = layer == reached + 1, layer
+        if not continues:
+            batch, length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+            watcher(Inputs(None, None, 0, (batch, length)))
+
+    return [
+        model.original_model.register_forward_pre_hook(model_hook, with_kwargs=True),
+        *(
+            block.register_forward_pre_hook(partial(block_hook, layer), with_kwargs=True)
+            for layer, block in enumerate(model.blocks)
+        ),
+    ]
 
 
 def duplicate(model: Model) -> Model:

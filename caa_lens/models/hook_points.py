@@ -22,7 +22,11 @@ def resid_post(layer: int) -> str:
 
 
 def has_hooks(model: Model) -> bool:
-    """Whether any forward hook is on the model now."""
+    """Whether any forward hook is on the model now.
+
+    Where one is, every text is run whole and by itself, as its author expects: in pieces, in a batch or beside other variants, the
+    positions that it counts would be others.
+    """
     return any(point.fwd_hooks for point in model.hook_dict.values())
 
 

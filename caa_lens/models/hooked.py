@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +27,11 @@ from caa_lens.models.readout import unembed, unembed_each
 
 
 def basis(model: Model) -> Basis:
-    """From the kind of norm layers, and for LayerNorm from the embedding's row means."""
+    """For LayerNorm from the embedding's row means, and from the kind of norm layers, which changes where they are folded."""
     norm = str(model.cfg.normalization_type)
-    if not norm.endswith("Pre"):
-        return "raw"
-    return "centred" if norm == "LNPre" and is_centred(model.W_E) else "folded"
+    if "RMS" not in norm and is_centred(model.W_E):
+        return "centred"
+    return "folded" if norm.endswith("Pre") else "raw"
 
 
 def run(
@@ -106,23 +107,31 @@ def _repeated(entry: Any | None, copies: int) -> Any | None:
 
 
 def watch(model: Model, watcher: Callable[[Inputs], None]) -> list[Any]:
-    """PyTorch hooks on the embedding (tokens) and the first block (mask and cache)."""
+    """PyTorch hooks on the embedding (tokens) and on every block (mask and cache): a pass may begin at any of them."""
     embedded: list[Tensor] = []  # `generate` embeds token by token, but may run them together
+    reached = -1
 
     def embed_hook(module: Any, args: tuple[Any, ...]) -> None:
         embedded.append(args[0])
 
-    def block_hook(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        batch, length = args[0].shape[:2]
+    def block_hook(layer: int, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        nonlocal reached
+        continues, reached = layer > 0 and layer == reached + 1, layer
+        if continues:
+            return
+        batch, length = (args[0] if args else kwargs["resid_pre"]).shape[:2]
         entry = kwargs.get("past_kv_cache_entry")
         past = 0 if entry is None else entry.past_keys.shape[1]
-        tokens = _joined(embedded, batch, length)
+        tokens = _joined(embedded, batch, length) if layer == 0 else None
         embedded[:] = [] if tokens is None else [tokens]
         watcher(Inputs(tokens, kwargs.get("attention_mask"), past, (batch, length)))
 
     return [
         model.embed.register_forward_pre_hook(embed_hook),
-        model.blocks[0].register_forward_pre_hook(block_hook, with_kwargs=True),
+        *(
+            block.register_forward_pre_hook(partial(block_hook, layer), with_kwargs=True)
+            for layer, block in enumerate(model.blocks)
+        ),
     ]
 
 

@@ -231,4 +231,4 @@ def _hooked_llama(checkpoint: Checkpoint) -> Model:
             center_unembed=False,
             fold_value_biases=False,
         )
-    return model.requires_grad_(False)
+    return model

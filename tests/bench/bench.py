@@ -83,15 +83,12 @@ def one_pass(model: Any, encoded: Sequence[Any], batch_size: int = 16) -> Callab
     rows = sorted((pair.positive.ids[: pair.answer + 1] for pair in encoded), key=len)
     head = common_head(rows, limit=len(rows[0]))
     prefixes = PrefixRunner(model, head)
-    pad_id = model.tokenizer.pad_token_id or 0
 
     @torch.no_grad()
     def run_all() -> None:
         for first in range(0, len(rows), batch_size):
             batch = rows[first : first + batch_size]
-            tokens, mask = pad(
-                [row[len(head) :] for row in batch], side="right", pad_id=pad_id, device=torch.device("cpu")
-            )
+            tokens, mask = pad([row[len(head) :] for row in batch], side="right", device=torch.device("cpu"))
             run(model, tokens, mask, past=prefixes.run([head] * len(batch)))
 
     return run_all

@@ -81,7 +81,7 @@ def _of_behaviour(lab: Lab, study: Study, name: str) -> dict[int, float]:
 def tokens_per_second(model: Model) -> float:
     """Tokens a second of one batched pass through all blocks; the second of two."""
     rows, length = CALIBRATION
-    tokens, mask = pad([[1] * length] * rows, side="right", pad_id=0, device=device_of(model))
+    tokens, mask = pad([[1] * length] * rows, side="right", device=device_of(model))
     for _ in range(2):
         started = time.perf_counter()
         run(model, tokens, mask)
