@@ -233,28 +233,28 @@ class _Reader:
 
     @torch.no_grad()
     def read(self, index: Sequence[int]) -> PairActivations:
-        pairs = [self.plan.encoded[i] for i in index]
-        sides = [side for pair in pairs for side in (pair.positive, pair.negative)]
-        spans = [span for i in index for span in self.spans[i]]
-        # Where the sides of a pair have nothing in common any more, or are read.
-        starts = [0] * len(sides)
-        if self.prefixes is not None:
-            shared = [min(pair.answer, spans[2 * i].start, spans[2 * i + 1].start) for i, pair in enumerate(pairs)]
-            starts = [length for length in shared for _ in range(2)]
+        pairs, read = [self.plan.encoded[i] for i in index], [self.spans[i] for i in index]
+        # All positive sides, then all negative ones: two copies of the pairs' prefixes.
+        sides = [pair.positive for pair in pairs] + [pair.negative for pair in pairs]
+        spans = [spans[0] for spans in read] + [spans[1] for spans in read]
         if self.alone:
-            read = torch.cat([self._run([side], [span], [0]) for side, span in zip(sides, spans, strict=True)])
+            found = torch.cat([self._run([side], [span], [0]) for side, span in zip(sides, spans, strict=True)])
         else:
-            read = self._run(sides, spans, starts)
-        return PairActivations(tuple(index), read[0::2].contiguous(), read[1::2].contiguous())
+            # Where the sides of a pair have nothing in common any more, or are read.
+            starts = [min(pair.answer, *(span.start for span in both)) for pair, both in zip(pairs, read, strict=True)]
+            found = self._run(sides, spans, starts if self.prefixes is not None else [0] * len(pairs))
+        positive, negative = found.split(len(pairs))
+        return PairActivations(tuple(index), positive, negative)
 
     def _run(
         self, sides: Sequence[Prompt], spans: Sequence[range], starts: Sequence[int]
     ) -> Float[Tensor, "side layer d_model"]:
-        """The readings of texts that are run together, each behind the cached tokens before its start."""
+        """The readings of texts that are run together; side i begins behind the cached tokens before start `i mod len(starts)`."""
         with known_prompts([side.instruction_end for side in sides]):
             past = None
             if self.prefixes is not None:
-                past = self.prefixes.run([side.ids[:start] for side, start in zip(sides, starts, strict=True)])
+                past = self.prefixes.run([side.ids[:start] for side, start in zip(sides, starts, strict=False)])
+            starts = [*starts] * (len(sides) // len(starts))
             stops = [len(side.ids) if self.alone else span.stop for side, span in zip(sides, spans, strict=True)]
             rows = [side.ids[start:stop] for side, start, stop in zip(sides, starts, stops, strict=True)]
             tokens, mask = pad(rows, side="right", device=self.device)

@@ -25,7 +25,7 @@ class PrefixRunner:
         """One cache row a prefix, in order; None where all are empty. Each begins with the head."""
         if not any(prefixes):
             return None
-        distinct = sorted(set(prefixes))
+        distinct = list(dict.fromkeys(prefixes))
         rest = [prefix[len(self.head) :] for prefix in distinct]
         past = self._expanded_head(len(distinct))
         if any(rest):

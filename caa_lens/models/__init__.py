@@ -163,7 +163,8 @@ def run(
     Args:
         tokens: new token ids, padded on either side.
         mask: 1 for real tokens, 0 for padding, of the new tokens only.
-        past: the prefix they continue.
+        past: the prefixes they continue. Rows of tokens may be several copies of the prefixes' rows, copy by copy: row r then
+            continues prefix r mod `len(past.mask)`; such a pass cannot grow them.
         grow: return the prefix extended by these tokens (`past` itself is consumed then).
         logits: number of last positions whose logits are computed; 0 computes no more of the unembedding than it must.
         stop_at_layer: run only the blocks below this one (no logits).

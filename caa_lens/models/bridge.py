@@ -47,6 +47,9 @@ def run(
     stop_at_layer: int | None,
 ) -> tuple[Float[Tensor, "batch kept d_vocab"] | None, Prefix | None]:
     """One forward pass; the mask given with a cache covers everything, and the cache grows in place."""
+    if past is not None and len(tokens) != len(past.mask):
+        copies = len(tokens) // len(past.mask)
+        past = past.rows(torch.arange(len(past.mask), device=tokens.device).repeat(copies))
     whole = whole_mask(mask, past)
     options: dict[str, Any] = {"use_cache": grow or past is not None}
     if past:

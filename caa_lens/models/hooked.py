@@ -44,6 +44,8 @@ def run(
     stop_at_layer: int | None,
 ) -> tuple[Float[Tensor, "batch kept d_vocab"] | None, Prefix | None]:
     """One forward pass; the mask given with a cache covers the new tokens only."""
+    if past is not None and len(tokens) != len(past.mask):
+        return _run_copies(model, tokens, mask, past, logits, stop_at_layer), None
     cache = past.cache if past else None
     if cache is None and grow:
         cache = transformer_lens.TransformerLensKeyValueCache.init_cache(model.cfg, tokens.device, tokens.shape[0])
@@ -53,6 +55,40 @@ def run(
     residual = model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=stop)
     grown = Prefix(cache, whole_mask(mask, past)) if grow else None
     return (unembed(model, residual[:, -logits:]) if logits else None), grown
+
+
+def _run_copies(
+    model: Model,
+    tokens: Int[Tensor, "row pos"],
+    mask: Int[Tensor, "row pos"],
+    past: Prefix,
+    logits: int,
+    stop_at_layer: int | None,
+) -> Float[Tensor, "row kept d_vocab"] | None:
+    """A pass of several continuations of every prefix, copy by copy: the prefixes are not copied."""
+    batch, cache = len(past.mask), past.cache
+    cache.freeze()
+    stream = torch.cat(
+        [
+            model(ids, attention_mask=real, past_kv_cache=cache, stop_at_layer=0)
+            for ids, real in zip(tokens.split(batch), mask.split(batch), strict=True)
+        ]
+    )
+    whole = torch.cat([past.mask.repeat(len(tokens) // batch, 1), mask], 1)
+    for block, entry in zip(model.blocks[:stop_at_layer], cache.entries, strict=False):
+        stream = _continue(block, stream, entry, whole)
+    return unembed(model, stream[:, -logits:]) if logits else None
+
+
+def _continue(
+    block: Any, stream: Float[Tensor, "row pos d_model"], entry: Any | None, whole: Int[Tensor, "row all"]
+) -> Float[Tensor, "row pos d_model"]:
+    """A block on copies of the batch behind one cache, which is repeated only where sharing it would not be the same."""
+    stream = stream.to(next(block.parameters()).device)
+    sharing = shared_prefix.block_for(block) if entry is not None else None
+    if sharing is None and entry is not None:
+        entry = _repeated(entry, len(stream) // len(entry.past_keys))
+    return (sharing or block)(stream, past_kv_cache_entry=entry, attention_mask=whole.to(stream.device))
 
 
 def run_branches(
@@ -76,13 +112,8 @@ def run_branches(
     whole = whole_mask(mask, past)
     rows: list[int] = []  # branches in the batch, in order; the unsteered stream comes first
     for layer, block in enumerate(model.blocks):
-        entry, seen = (cache[layer] if cache is not None else None), whole
-        stream = stream.to(next(block.parameters()).device)
-        seen = seen.to(stream.device)
-        sharing = shared_prefix.block_for(block) if entry is not None else None
-        if sharing is None:
-            entry, seen = _repeated(entry, len(rows) + 1), whole.repeat(len(rows) + 1, 1)
-        stream = (sharing or block)(stream, past_kv_cache_entry=entry, attention_mask=seen)
+        entry = cache[layer] if cache is not None else None
+        stream = _continue(block, stream, entry, whole.repeat(len(rows) + 1, 1))
         unsteered, *steered = stream.split(batch)
         for place, number in enumerate(rows):
             if layer in branches[number].changes:
@@ -96,9 +127,7 @@ def run_branches(
     return [found[number if branch.changes else None] for number, branch in enumerate(branches)]
 
 
-def _repeated(entry: Any | None, copies: int) -> Any | None:
-    if entry is None:
-        return None
+def _repeated(entry: Any, copies: int) -> Any:
     repeated = type(entry)(
         past_keys=entry.past_keys.repeat(copies, 1, 1, 1), past_values=entry.past_values.repeat(copies, 1, 1, 1)
     )

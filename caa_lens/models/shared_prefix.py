@@ -36,7 +36,7 @@ BEYOND_SOFTMAX = (
 def block_for(block: nn.Module) -> nn.Module | None:
     """A twin of a HookedTransformer block that shares everything with it but the way attention is computed.
 
-    Its `past_kv_cache_entry` and `attention_mask` are those of one copy of the batch. The block itself is not changed.
+    Its `past_kv_cache_entry` is that of one copy of the batch. The block itself is not changed.
 
     Returns:
         None where attention is anything but causal softmax attention with rotary or no rotation, or has hooks inside.
@@ -76,25 +76,25 @@ class SharedPrefixAttention(nn.Module):
         key_input: Float[Tensor, "row pos d_model"],
         value_input: Float[Tensor, "row pos d_model"],
         past_kv_cache_entry: Any,
-        attention_mask: Int[Tensor, "batch all"],
+        attention_mask: Int[Tensor, "row all"],
     ) -> Float[Tensor, "row pos d_model"]:
         """Rows are copy-major: `row = copy * batch + text`.
 
         Args:
             query_input, key_input, value_input: normalised `resid_pre` of the new tokens.
             past_kv_cache_entry: this layer's cached keys (not rotated) and values, `[batch, past, kv_head, d_head]`.
-            attention_mask: of the prefix and the new tokens.
+            attention_mask: of the prefix, which is the same in all copies, and the new tokens.
         """
-        attn, batch = self.attn, attention_mask.shape[0]
+        attn = self.attn
         attention_mask = attention_mask.to(query_input.device)
-        past = past_kv_cache_entry.past_keys.shape[1]
+        batch, past = past_kv_cache_entry.past_keys.shape[:2]
+        prefix_mask = attention_mask[:batch, :past]
         copies, length = query_input.shape[0] // batch, query_input.shape[1]
         q, k, v = attn.calculate_qkv_matrices(query_input, key_input, value_input)
         prefix_k, prefix_v = past_kv_cache_entry.past_keys, past_kv_cache_entry.past_values
         if attn.cfg.positional_embedding_type == "rotary":
-            rows = attention_mask.repeat(copies, 1)
-            q, k = attn.apply_rotary(q, past, rows), attn.apply_rotary(k, past, rows)
-            prefix_k = attn.apply_rotary(prefix_k, 0, attention_mask[:, :past])
+            q, k = attn.apply_rotary(q, past, attention_mask), attn.apply_rotary(k, past, attention_mask)
+            prefix_k = attn.apply_rotary(prefix_k, 0, prefix_mask)
         heads = k.shape[2]
         # Query heads that share a key head stand together, as in TransformerLens' repeat_interleave.
         q = rearrange(q / attn.attn_scale, "(c b) s (g r) d -> b g (c r s) d", b=batch, g=heads)
@@ -102,10 +102,11 @@ class SharedPrefixAttention(nn.Module):
         own_k, own_v = k.transpose(1, 2), v.transpose(1, 2)
         lowest = torch.finfo(q.dtype).min
         to_prefix = q @ rearrange(prefix_k, "b p g d -> b g d p")
-        to_prefix = to_prefix.masked_fill(attention_mask[:, None, None, :past] == 0, lowest)
+        to_prefix = to_prefix.masked_fill(prefix_mask[:, None, None, :] == 0, lowest)
         to_own = rearrange(own_q @ own_k.mT, "(c b) g (r s) t -> b g c r s t", c=copies, s=length)
         causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-        allowed = causal & attention_mask[:, None, None, None, None, past:].bool()
+        own_mask = rearrange(attention_mask[:, past:].bool(), "(c b) t -> b 1 c 1 1 t", c=copies)
+        allowed = causal & own_mask
         to_own = rearrange(to_own.masked_fill(~allowed, lowest), "b g c r s t -> b g (c r s) t")
         pattern = torch.cat([to_prefix, to_own], -1).softmax(-1)
         own_pattern = rearrange(pattern[..., past:], "b g (c r s) t -> (c b) g (r s) t", c=copies, s=length)
