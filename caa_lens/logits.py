@@ -114,7 +114,8 @@ def logit_attribution(
             out, own = readout.normed(model, v)
             still = readout.normed(model, torch.zeros_like(v))[0]  # the norm's bias
             # norm(v) - b = A v / scale(v) holds A whatever the class calls it and wherever it was folded to.
-            direct = (out - still) * (own / scale)
+            # The scale is a float32 in half precision too, and makes the product one.
+            direct = readout.to_readout(model, (out - still) * (own / scale))
             effect = model.unembed(direct) - model.unembed(torch.zeros_like(direct))
     if norm == "first_order":
         _, effect = torch.autograd.functional.jvp(lambda stream: readout.unembed(model, stream), x, v)

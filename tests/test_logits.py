@@ -77,6 +77,19 @@ def test_first_order_error_shrinks_with_the_multiplier(any_norm):
     assert errors["first_order"][-1] < errors["frozen"][-1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_says_the_same_to_rounding(kind, dtype, byte_tokenizer):
+    plain, half = (as_lens(kind, tiny_llama(len(byte_tokenizer)).to(d), byte_tokenizer) for d in (torch.float32, dtype))
+    assert next(half.unembed.parameters()).dtype == dtype
+    v = vector_for(plain, size=2.0)
+    for norm in ("frozen", "first_order", "exact"):
+        found = caa.logit_attribution(half, v, TEXT, norm=norm).effect
+        assert relative_error(found, caa.logit_attribution(plain, v, TEXT, norm=norm).effect) < 0.05
+    assert relative_error(caa.logit_attribution(half, v).effect, caa.logit_attribution(plain, v).effect) < 0.05
+    top = [caa.logit_lens(model, TEXT).top_probabilities[-1] for model in (plain, half)]
+    torch.testing.assert_close(*top, atol=0.05, rtol=0.1)
+
+
 def test_without_a_text_the_order_is_the_same(any_norm):
     v = vector_for(any_norm)
     alone, there = (caa.logit_attribution(any_norm, v, text).effect for text in (None, TEXT))

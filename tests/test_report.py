@@ -146,6 +146,16 @@ def test_a_baked_vector_counts_as_equal_to_rounding_and_no_further(study, dtype,
     assert sections(tmp_path / "wrong")["08-all"].status == "opposite"
 
 
+def test_a_model_in_half_precision_is_examined_whole(study, tmp_path, monkeypatch):
+    """As every Llama preset runs; the smallest study that there is, for half precision is slow on a processor."""
+    monkeypatch.setattr(claim_cost, "NEW_TOKENS", 1)
+    small = {"train": 4, "held_out": 4, "layer": 1, "questions": 1, "max_new_tokens": 1, "shuffles": 1, "capability": 2}
+    half = replace(study, dtype="bfloat16", finetune=(), **small)
+    reproduce(half, tmp_path, progress=False, say=lambda line: None)
+    assert {name[:2] for name in sections(tmp_path)} == {f"{claim.number:02d}" for claim in CLAIMS}
+    assert [name for name, section in sections(tmp_path).items() if section.status == "not run"] == ["04-all"]
+
+
 def test_what_is_missing_does_not_stop_the_others(study, tmp_path):
     alone = replace(study, behaviours=("formality",), claims=(1, 4, 10), finetune=())
     said = []
