@@ -22,7 +22,7 @@ from caa_lens.experiments.report import (
 )
 from caa_lens.experiments.report import run as running
 from caa_lens.experiments.report.claims import CLAIMS
-from caa_lens.experiments.report.section import NotRun, Section, read_section, save_section, together
+from caa_lens.experiments.report.section import NotRun, Section, read_section, save_section
 
 TIMED = "08-"  # seconds differ from run to run
 
@@ -184,8 +184,6 @@ def test_sections_are_kept_exactly(tmp_path):
         section.notes,
     )
     assert r"a\_b" in (tmp_path / "s" / "t.tex").read_text()
-    assert together(["holds", "holds"]) == "holds"
-    assert together(["holds", "null"]) == "mixed"
     assert issubclass(NotRun, caa.CaaLensError)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
 from caa_lens.choices import as_free_text
 from caa_lens.experiments.answer_set import AnswerSet, known_answers
 from caa_lens.experiments.answers import answers
+from caa_lens.experiments.effects import Finding
 from caa_lens.experiments.judge import judge, judge_from
-from caa_lens.experiments.judged import JudgeResult
 from caa_lens.experiments.judges.base import Judge
 from caa_lens.experiments.judges.local import LocalJudge
 from caa_lens.experiments.report.lab import Lab
-from caa_lens.experiments.report.section import OF_FINDING, Section
+from caa_lens.experiments.report.section import Section
+from caa_lens.experiments.report.status import OF_FINDING, Status, of_interval
 from caa_lens.vector_set import VectorSet
 
 SHOWN = 3
@@ -56,19 +60,20 @@ def judged_answers(lab: Lab, behaviour: str) -> Section:
         store=lab.work("judged", behaviour),
         progress=lab.progress,
     )
-    finding, tells = result.finding(), able.finding()
-    # A judge that cannot tell the known sides apart says nothing of other texts.
-    status = OF_FINDING[finding.status] if tells.status == "no controls" else "not shown"
-    tables = {"judged_scores": result.to_pandas(), "judged_items": result.items, "answers": _shown(found)}
+    tables = {
+        "judged_scores": result.to_pandas(),
+        "judged_effects": result.effects(),
+        "judged_items": result.items,
+        "judge_on_known_sides": able.effects(),
+        "answers": _shown(found),
+    }
+    status, words = conclude(result.finding(), able.best())
     return Section(
         status,
-        f"{finding.words}\n{_reliance(able)}\n{_fluency(found)}",
+        f"{words}\n{_fluency(found)}",
         tables,
         {"judged_scores": result.plot()},
-        notes=(
-            f"Judge: {result.judge}; it sees question and answer only.",
-            "The claim is shown only where the judge also tells the two sides of held-out pairs apart.",
-        ),
+        notes=(f"Judge: {result.judge}; it sees question and answer only.",),
     )
 
 
@@ -90,14 +95,23 @@ def _judge(lab: Lab) -> Judge:
     return lab.made["judge"]
 
 
-def _reliance(able: JudgeResult) -> str:
-    """Whether the judge scores the positive sides of held-out pairs higher than the negative ones."""
-    best = able.best()
-    apart = "tells them apart" if best["effect_low"] > 0 else "does not tell them apart"
-    return (
-        f"On {best['n']} held-out pairs' own completions, positive minus negative, the judge gives "
-        f"{2 * best['effect']:+.2f} points [{2 * best['effect_low']:+.2f}, {2 * best['effect_high']:+.2f}]: it {apart}."
+def conclude(finding: Finding, known: Mapping[str, Any]) -> tuple[Status, str]:
+    """What judged answers show, in a word and in words, given what the judge says of texts whose side is known.
+
+    Args:
+        finding: of the answers.
+        known: the row of `JudgeResult.effects` of the known sides, which stand at -1 and +1.
+    """
+    of_known = of_interval(known["effect_low"], known["effect_high"])
+    reads = {"holds": "it tells them apart", "opposite": "it takes them the wrong way round"}
+    said = (
+        f"On {known['n']} held-out pairs' own completions, positive minus negative, the judge gives {2 * known['effect']:+.2f} "
+        f"points [{2 * known['effect_low']:+.2f}, {2 * known['effect_high']:+.2f}]: "
+        f"{reads.get(of_known, 'it does not tell them apart')}."
     )
+    if of_known == "holds":
+        return OF_FINDING[finding.status], f"{finding.words}\n{said}"
+    return "cannot tell", f"{said} What it says of the answers decides nothing.\nIt says: {finding.words}"
 
 
 def _fluency(found: AnswerSet) -> str:

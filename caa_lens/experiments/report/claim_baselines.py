@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
@@ -9,7 +12,8 @@ from jaxtyping import Float
 from caa_lens.experiments.baselines import SIDES, AdditivityResult, Side, additivity, prompting
 from caa_lens.experiments.finetuning import finetune
 from caa_lens.experiments.report.lab import Lab
-from caa_lens.experiments.report.section import NotRun, Section, Status, together
+from caa_lens.experiments.report.section import NotRun, Section
+from caa_lens.experiments.report.status import PLACES, Status, of_interval, of_intervals, together, written
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.statistics import paired_change
 from caa_lens.experiments.sweep import score
@@ -28,20 +32,23 @@ def prompting_baselines(lab: Lab, behaviour: str) -> Section:
     )
     effects = result.effects()
     own = effects[effects["vector"] == "vector"]
-    shown = own["effect_low"] > 0
-    status: Status = "holds" if shown.all() else "mixed" if shown.any() else "null"
-    by_way = "; ".join(
-        f"{row.system}: {row.effect:+.3f} [{row.effect_low:+.3f}, {row.effect_high:+.3f}]" for row in own.itertuples()
-    )
+    status, words = by_way(own)
     added = additivity(result)
-    words = (
-        f"Effect of the vector per unit of multiplier under each way of prompting, in nats: {by_way}.\n{_summed(added)}"
-    )
     tables = {"scores": result.to_pandas(), "effects": effects, "additivity": added.to_pandas()}
     notes = (
         "The status asks whether the vector's effect is above zero under every way of prompting; controls stand in claim 2.",
     )
-    return Section(status, words, tables, {"additivity": added.plot()}, notes=notes)
+    return Section(status, f"{words}\n{_summed(added)}", tables, {"additivity": added.plot()}, notes=notes)
+
+
+def by_way(effects: pd.DataFrame) -> tuple[Status, str]:
+    """Whether a vector works under every way of prompting, in a word and in words: rows of `SweepResult.effects`."""
+    said = "; ".join(
+        f"{row['system']}: {written(row)}, {PLACES[of_interval(row['effect_low'], row['effect_high'])]}"
+        for row in effects.to_dict("records")
+    )
+    status = of_intervals(zip(effects["effect_low"], effects["effect_high"], strict=True))
+    return status, f"Effect of the vector per unit of multiplier under each way of prompting, in nats: {said}."
 
 
 def _summed(added: AdditivityResult) -> str:
@@ -49,11 +56,11 @@ def _summed(added: AdditivityResult) -> str:
     table = added.to_pandas()
     own = table[(table["vector"] == "vector") & (table["measure"] == "value")]
     sums = own[(own["interaction_low"] <= 0) & (own["interaction_high"] >= 0)]
-    largest = own.loc[own["interaction"].abs().idxmax()]
+    largest = own.loc[own["interaction"].abs().idxmax()].to_dict()
     return (
         f"Prompt and vector add up, within the interval, in {len(sums)} of {len(own)} combinations; the largest interaction is "
-        f"{largest['interaction']:+.3f} [{largest['interaction_low']:+.3f}, {largest['interaction_high']:+.3f}] "
-        f"{added.metric.unit}, of {largest['system']!r} with multiplier {largest['multiplier']:+g}."
+        f"{written(largest, 'interaction')} {added.metric.unit}, of {largest['system']!r} with "
+        f"multiplier {largest['multiplier']:+g}."
     )
 
 
@@ -63,8 +70,7 @@ def fine_tuning(lab: Lab) -> Section:
     if not study.finetune:
         raise NotRun("the study fine-tunes on no behaviour (finetune: [...])")
     rows: list[dict[str, object]] = []
-    lines: list[str] = []
-    statuses: list[Status] = []
+    found: list[dict[str, Any]] = []
     figures = {}
     for behaviour in study.finetune:
         v = lab.vector(behaviour)
@@ -77,21 +83,39 @@ def fine_tuning(lab: Lab) -> Section:
             del model
             rows += _rows(behaviour, f"tuned {side}", result)
             change = paired_change(_at(base, 0.0), _at(result, 0.0), seed=study.seed)
-            moved = change.low > 0 if side == "positive" else change.high < 0
-            on_top = result.effects().iloc[0]
-            statuses.append("holds" if moved and on_top["effect_low"] > 0 else "mixed" if moved else "null")
-            lines.append(
-                f"{behaviour}, tuned towards the {side} side ({tuned.method}, {tuned.trainable_parameters:,} of "
-                f"{tuned.parameters:,} parameters): the held-out score changes by {change.value:+.3f} [{change.low:+.3f}, "
-                f"{change.high:+.3f}]; on top of it the vector has an effect of {on_top['effect']:+.3f} "
-                f"[{on_top['effect_low']:+.3f}, {on_top['effect_high']:+.3f}] nats per unit of multiplier."
+            effect = result.effects().iloc[0]
+            about = {"behaviour": behaviour, "side": side, "method": tuned.method}
+            sizes = {"trainable": tuned.trainable_parameters, "parameters": tuned.parameters}
+            changes = {"change": change.value, "change_low": change.low, "change_high": change.high}
+            found.append(
+                about | sizes | changes | {name: effect[name] for name in ("effect", "effect_low", "effect_high")}
             )
             figures[f"training_{behaviour.replace('/', '_')}_{side}"] = tuned.plot()
     notes = (
         "The vector is the base model's, used on the tuned one. The claim holds where tuning moves the score its way and "
         "the vector works on top of it.",
     )
-    return Section(together(statuses), "\n".join(lines), {"fine_tuning": pd.DataFrame(rows)}, figures, notes=notes)
+    statuses, lines = zip(*map(on_tuned, found), strict=True)
+    tables = {"fine_tuning": pd.DataFrame(found), "scores": pd.DataFrame(rows)}
+    return Section(together(statuses), "\n".join(lines), tables, figures, notes=notes)
+
+
+def on_tuned(row: Mapping[str, Any]) -> tuple[Status, str]:
+    """What one fine-tuning shows, in a word and in words: whether it moved the held-out score its way, and the vector on top of it.
+
+    Args:
+        row: of the table `fine_tuning`; `change` is of the score, which tuning towards the negative side should lower, and `effect`
+            the vector's.
+    """
+    ends = row["change_low"], row["change_high"]
+    moved = of_interval(*ends) if row["side"] == "positive" else of_interval(-ends[1], -ends[0])
+    on_top = of_interval(row["effect_low"], row["effect_high"])
+    way = {"holds": "moves its way", "null": "is not shown to move", "opposite": "moves the other way"}[moved]
+    return together([moved, on_top]), (
+        f"{row['behaviour']}, tuned towards the {row['side']} side ({row['method']}, {row['trainable']:,} of "
+        f"{row['parameters']:,} parameters): the held-out score {way}, by {written(row, 'change')}; on top of it the vector has an "
+        f"effect of {written(row)} nats per unit of multiplier, {PLACES[on_top]}."
+    )
 
 
 def _tuned(lab: Lab, behaviour: str, side: Side) -> FinetuneResult:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from caa_lens.experiments.report.lab import Lab
-from caa_lens.experiments.report.section import OF_FINDING, Section
+from caa_lens.experiments.report.section import Section
+from caa_lens.experiments.report.status import OF_FINDING
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.scoring import MetricName
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pandas as pd
+
 from caa_lens.choices import as_free_text, restyle
 from caa_lens.errors import InputError
 from caa_lens.experiments.generalisation import transfer
 from caa_lens.experiments.report.lab import Lab
-from caa_lens.experiments.report.section import Section, Status
+from caa_lens.experiments.report.section import Section
+from caa_lens.experiments.report.status import Status, of_interval, together
 from caa_lens.pairs import PairSet
 
 
@@ -38,8 +41,7 @@ def generalises(lab: Lab) -> Section:
     table = result.to_pandas()
     of = list(zip(table["source"], table["test"], strict=True))
     forms = table[[_is_form(test, source) for source, test in of]]
-    shown = forms["beyond"] & (forms["effect"] > 0)
-    status: Status = "described" if forms.empty else "holds" if shown.all() else "mixed" if shown.any() else "null"
+    status = "described" if forms.empty else on_forms(forms)
     notes = (
         f"All at layer {lab.layer(first)}, chosen on {first}. The status is of each vector on other forms of its own behaviour.",
     )
@@ -52,6 +54,11 @@ def generalises(lab: Lab) -> Section:
         if source == name and (test == name or _is_form(test, name))
     ]
     return Section(status, "\n".join(own), {"transfer": table}, {"transfer": result.plot()}, notes=notes)
+
+
+def on_forms(table: pd.DataFrame) -> Status:
+    """The status of a vector's effects on other forms of its behaviour, each beside its controls."""
+    return together(of_interval(row.effect_low, row.effect_high, row.control_effect) for row in table.itertuples())
 
 
 def _is_form(test: str, behaviour: str) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from caa_lens.experiments.report.lab import Lab
-from caa_lens.experiments.report.section import NotRun, Section, Status
+from caa_lens.experiments.report.section import NotRun, Section
+from caa_lens.experiments.report.status import PLACES, Status, of_interval, together, written
 from caa_lens.extraction import extract
 from caa_lens.geometry import norms, pca, similarity
 from caa_lens.models import load_model
@@ -27,18 +28,13 @@ def geometry(lab: Lab, behaviour: str) -> Section:
     near = [c for c in (layer - 1, layer + 1) if c in vectors]
     cosine = alike.to_pandas().loc[(behaviour, layer)]
     neighbours = ", ".join(f"{float(cosine[(behaviour, c)]):.2f} to layer {c}" for c in near)
-    own = moved[moved["own"]]["effect_low"].iloc[0] > 0
-    working = moved[~moved["own"] & (moved["effect_low"] > 0)]["layer"].tolist()
-    status: Status = "holds" if own and working else "null"
-    named = f" ({', '.join(map(str, working))})" if working else ""
-    tried = int((~moved["own"]).sum())
-    shown = f"Used at other layers it has an effect above zero at {len(working)} of {tried} layers tried{named}"
+    status, shown = elsewhere(moved)
     words = (
         f"At layer {layer} the mean difference separates held-out sides with AUROC {at['auroc']:.2f} [{at['low']:.2f}, "
         f"{at['high']:.2f}]; fits to shuffled labels give {at['shuffled_low']:.2f} to {at['shuffled_high']:.2f}.\n"
         f"The first two components hold {float(components.explained[0, :2].sum()):.0%} of the variance there; the vector is "
         f"{ratio:.2f} of the residual norm; its cosine is {neighbours}.\n"
-        f"{shown}; at its own layer it {'has' if own else 'has not'}."
+        f"{shown}"
     )
     return Section(
         status,
@@ -60,6 +56,33 @@ def _transfer(lab: Lab, behaviour: str) -> pd.DataFrame:
     layers = sorted({*lab.vectors(behaviour).layers[:: lab.study.layer_step], v.layer})
     result = lab.sweep("layer-transfer", behaviour, v, lab.pairs(behaviour).report, layers=layers, multipliers=(-1, 1))
     return result.effects().assign(own=lambda table: table["layer"] == v.layer)
+
+
+def elsewhere(effects: pd.DataFrame) -> tuple[Status, str]:
+    """Whether a vector works at most of the layers that are not its own, in a word and in words.
+
+    Args:
+        effects: rows of `SweepResult.effects`, one a layer, with whether it is the vector's `own`.
+    """
+    places = {row.layer: of_interval(row.effect_low, row.effect_high) for row in effects.itertuples() if not row.own}
+    home = effects[effects["own"]].iloc[0].to_dict()
+    at_home = of_interval(home["effect_low"], home["effect_high"])
+
+    def at(place: Status) -> str:
+        layers = [str(layer) for layer, found in places.items() if found == place]
+        return f"{PLACES[place]} at {len(layers)}" + (f" ({', '.join(layers)})" if layers else "")
+
+    words = (
+        f"At its own layer its effect is {written(home)} nats per unit of multiplier, {PLACES[at_home]}; used at the "
+        f"{len(places)} other layers tried, {at('holds')}, {at('opposite')}."
+    )
+    working = sum(found == "holds" for found in places.values())
+    if at_home != "holds":
+        return together([at_home, *places.values()]), words
+    if 2 * working > len(places):
+        return "holds", words
+    # At home it works; the claim is of the others.
+    return ("mixed" if working else together(places.values()) if places else "not shown"), words
 
 
 def between_behaviours(lab: Lab) -> Section:

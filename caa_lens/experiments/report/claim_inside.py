@@ -7,7 +7,8 @@ import pandas as pd
 
 from caa_lens.experiments.controls import norm_matched
 from caa_lens.experiments.report.lab import Lab
-from caa_lens.experiments.report.section import Section, Status
+from caa_lens.experiments.report.section import Section
+from caa_lens.experiments.report.status import of_interval
 from caa_lens.experiments.statistics import Estimate, bootstrap_mean
 from caa_lens.logits import logit_attribution, logit_lens
 from caa_lens.pairs import PairSet
@@ -26,8 +27,7 @@ def per_token(lab: Lab, behaviour: str) -> Section:
     v, pairs = lab.vector(behaviour), lab.pairs(behaviour).report
     difference = _difference(lab, v, pairs)
     control = _difference(lab, norm_matched(v.controls["shuffled-0"], v), pairs)
-    fine = difference.low > max(0.0, abs(control.value))
-    status: Status = "holds" if fine else "null" if difference.low <= 0 <= difference.high else "not shown"
+    status = of_interval(difference.low, difference.high, control.value)
     words = (
         f"Over the answer's tokens of {difference.n} held-out pairs, the positive side lies {difference.value:+.3f} "
         f"[{difference.low:+.3f}, {difference.high:+.3f}] further along the vector than the negative one, in units of it; a "

@@ -15,19 +15,11 @@ from caa_lens.errors import MissingError
 from caa_lens.experiments.report.claims import CLAIMS
 from caa_lens.experiments.report.published import published_numbers
 from caa_lens.experiments.report.section import Section, read_section
+from caa_lens.experiments.report.status import MEANINGS
 from caa_lens.files import atomic_path
 
 LONGEST_TABLE = 60
 """Rows shown of a table; the files hold all of them."""
-MEANINGS = {
-    "holds": "the interval lies beyond zero and beyond every control of the same norm",
-    "not shown": "there is an effect, but a control of the same norm has one as large, or no control was run",
-    "null": "the interval includes zero",
-    "opposite": "the effect goes the other way",
-    "mixed": "it holds in part",
-    "described": "numbers to read; there is no yes or no",
-    "not run": "something was missing; the section says what",
-}
 
 
 def write_page(folder: str | os.PathLike[str]) -> Path:

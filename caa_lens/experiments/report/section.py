@@ -11,26 +11,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pandas as pd
 
 from caa_lens.errors import CaaLensError
+from caa_lens.experiments.report.status import Status
 from caa_lens.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Status = Literal["holds", "not shown", "null", "opposite", "mixed", "described", "not run"]
-
-OF_FINDING: Mapping[str, Status] = {
-    "beyond controls": "holds",
-    "no controls": "not shown",
-    "not shown": "not shown",
-    "null": "null",
-    "opposite": "opposite",
-}
-"""The status of a section that rests on one finding of a sweep."""
 
 
 class NotRun(CaaLensError):
@@ -103,8 +93,3 @@ def read_section(folder: Path) -> Section:
         about["html"],
         tuple(about["notes"]),
     )
-
-
-def together(statuses: list[Status]) -> Status:
-    """The status of several findings taken together: their common one, else mixed."""
-    return statuses[0] if len(set(statuses)) == 1 else "mixed"

@@ -1,0 +1,122 @@
+"""What a section says follows from its numbers: constructed effects, and the word and the sentence for each."""
+
+from typing import get_args
+
+import pandas as pd
+import pytest
+
+from caa_lens.experiments.effects import Finding
+from caa_lens.experiments.report.claim_answers import conclude
+from caa_lens.experiments.report.claim_baselines import by_way, on_tuned
+from caa_lens.experiments.report.claim_generalisation import on_forms
+from caa_lens.experiments.report.claim_geometry import elsewhere
+from caa_lens.experiments.report.status import MEANINGS, Status, of_interval, together
+
+UP, DOWN, NONE = (0.2, 0.4), (-0.4, -0.2), (-0.1, 0.2)
+"""Intervals of an effect above zero, of one below, and of none."""
+
+
+def effect(ends, **rest):
+    return {"effect": sum(ends) / 2, "effect_low": ends[0], "effect_high": ends[1], **rest}
+
+
+def effects(**by_name):
+    return pd.DataFrame([effect(ends, system=name) for name, ends in by_name.items()])
+
+
+def test_an_interval_says_one_word():
+    assert of_interval(*UP) == of_interval(*UP, -0.1) == "holds"
+    assert of_interval(*UP, 0.2) == of_interval(*UP, -0.3) == "not shown"
+    assert of_interval(*DOWN) == of_interval(*DOWN, 0.9) == "opposite"
+    assert of_interval(*NONE) == of_interval(0.0, 0.1) == "null"
+    assert of_interval(float("nan"), float("nan")) == "not shown"
+
+
+def test_parts_taken_together():
+    assert together(["holds", "holds"]) == "holds"
+    assert together(["holds", "null"]) == together(["holds", "opposite"]) == together(["null", "opposite"]) == "mixed"
+    assert together(["null", "not shown", "null"]) == "not shown"
+    assert set(MEANINGS) == set(get_args(Status))
+
+
+@pytest.mark.parametrize(
+    ("none", "few_shot", "status", "said"),
+    [
+        (UP, UP, "holds", "few_shot: +0.300 [+0.200, +0.400], above zero"),
+        (UP, NONE, "mixed", "few_shot: +0.050 [-0.100, +0.200], not told from zero"),
+        (NONE, NONE, "null", "none: +0.050 [-0.100, +0.200], not told from zero"),
+        (DOWN, DOWN, "opposite", "none: -0.300 [-0.400, -0.200], below zero"),
+        (UP, DOWN, "mixed", "few_shot: -0.300 [-0.400, -0.200], below zero"),
+    ],
+)
+def test_under_every_way_of_prompting(none, few_shot, status, said):
+    found, words = by_way(effects(none=none, few_shot=few_shot))
+    assert found == status
+    assert said in words
+
+
+@pytest.mark.parametrize(
+    ("side", "change", "on_top", "status", "said"),
+    [
+        ("positive", UP, UP, "holds", "score moves its way, by +0.300 [+0.200, +0.400]; on top of it"),
+        ("negative", DOWN, UP, "holds", "score moves its way, by -0.300"),
+        ("positive", DOWN, DOWN, "opposite", "score moves the other way, by -0.300"),
+        ("negative", UP, UP, "mixed", "score moves the other way, by +0.300"),
+        ("positive", UP, NONE, "mixed", "nats per unit of multiplier, not told from zero."),
+        ("negative", NONE, NONE, "null", "score is not shown to move, by +0.050"),
+        ("positive", UP, DOWN, "mixed", "nats per unit of multiplier, below zero."),
+    ],
+)
+def test_fine_tuning_and_the_vector_on_top(side, change, on_top, status, said):
+    row = effect(on_top, behaviour="b", side=side, method="lora", trainable=10, parameters=1000)
+    found, words = on_tuned(row | {"change": sum(change) / 2, "change_low": change[0], "change_high": change[1]})
+    assert found == status
+    assert said in words
+
+
+@pytest.mark.parametrize(
+    ("home", "others", "status", "said"),
+    [
+        (UP, [UP, UP, NONE], "holds", "at the 3 other layers tried, above zero at 2 (0, 1), below zero at 0."),
+        (UP, [UP, NONE, DOWN], "mixed", "above zero at 1 (0), below zero at 1 (2)."),
+        (UP, [NONE, NONE], "null", "above zero at 0, below zero at 0."),
+        (UP, [DOWN, DOWN], "opposite", "below zero at 2 (0, 1)."),
+        (
+            NONE,
+            [NONE, NONE],
+            "null",
+            "effect is +0.050 [-0.100, +0.200] nats per unit of multiplier, not told from zero",
+        ),
+        (DOWN, [DOWN, DOWN], "opposite", "multiplier, below zero; used"),
+        (NONE, [UP, UP], "mixed", "multiplier, not told from zero; used"),
+        (UP, [], "not shown", "at the 0 other layers tried"),
+    ],
+)
+def test_a_vector_at_other_layers(home, others, status, said):
+    rows = [effect(ends, layer=layer, own=False) for layer, ends in enumerate(others)]
+    found, words = elsewhere(pd.DataFrame([*rows, effect(home, layer=9, own=True)]))
+    assert found == status
+    assert said in words
+
+
+def test_a_judge_that_reads_nothing_cannot_tell():
+    finding = Finding("opposite", "Below. OPPOSITE: the interval lies below zero.")
+    assert conclude(finding, effect(UP, n=5))[0] == "opposite"
+    assert conclude(Finding("beyond controls", "Yes."), effect(UP, n=5)) == (
+        "holds",
+        "Yes.\nOn 5 held-out pairs' own completions, positive minus negative, the judge gives +0.60 points [+0.40, +0.80]: it "
+        "tells them apart.",
+    )
+    for ends, said in ((NONE, "it does not tell them apart"), (DOWN, "it takes them the wrong way round")):
+        status, words = conclude(finding, effect(ends, n=5))
+        assert status == "cannot tell"
+        assert words.split("\n")[0].endswith(f"{said}. What it says of the answers decides nothing.")
+        assert words.split("\n")[1] == f"It says: {finding.words}"
+
+
+def test_other_forms_beside_their_controls():
+    def of(*ends):
+        return on_forms(pd.DataFrame([effect(e, control_effect=0.15) for e in ends]))
+
+    assert (of(UP, UP), of(DOWN), of(NONE), of(UP, DOWN)) == ("holds", "opposite", "null", "mixed")
+    assert of((0.1, 0.2), (0.1, 0.2)) == of((0.1, 0.2), NONE) == "not shown"
