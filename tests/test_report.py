@@ -171,6 +171,15 @@ def test_what_is_missing_does_not_stop_the_others(study, tmp_path):
     assert sections(tmp_path)["10-all"].status != "not run"
 
 
+def test_the_first_layer_has_no_neighbour_below(study, tmp_path):
+    first = replace(study, behaviours=("formality",), claims=(6,), layer=0, finetune=())
+    reproduce(first, tmp_path, progress=False, say=lambda line: None)
+    words = sections(tmp_path)["06-formality"].words
+    assert "its cosine is" in words
+    assert "to layer 1.\n" in words
+    assert "to layer -1" not in words
+
+
 def test_sections_are_kept_exactly(tmp_path):
     table = pd.DataFrame({"layer": [1, 2], "what_&_how": ["a_b", None], "value": [0.5, 1.5]})
     section = Section("null", "Nothing <here>.", {"t": table}, {}, {"caption": "<p>x</p>"}, ("note",))

@@ -25,7 +25,7 @@ def geometry(lab: Lab, behaviour: str) -> Section:
     table = apart.to_pandas()
     at = table[table["layer"] == layer].iloc[0]
     ratio = vectors[layer].relative_norm or float("nan")
-    near = [c for c in (layer - 1, layer + 1) if c in vectors]
+    near = [c for c in (layer - 1, layer + 1) if c in vectors.layers]  # not -1, the last
     cosine = alike.to_pandas().loc[(behaviour, layer)]
     neighbours = ", ".join(f"{float(cosine[(behaviour, c)]):.2f} to layer {c}" for c in near)
     status, shown = elsewhere(moved)
