@@ -7,6 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 from conftest import KINDS, fixture_path, tiny_llama
+from markupsafe import escape
 
 import caa_lens as caa
 from caa_lens.cli import main
@@ -108,6 +109,7 @@ def test_the_page_needs_nothing_else(finished):
     assert "<script" not in page
     for claim in CLAIMS:
         assert claim.title in page
+        assert not claim.holds or f"Holds where {escape(claim.holds)}" in page
     assert page.count("<img") == sum(len(section.figures) for section in sections(folder).values())
     for section in sections(folder).values():
         assert f">{section.status}</a>" in page

@@ -7,13 +7,16 @@ import pytest
 
 from caa_lens.experiments.effects import Finding
 from caa_lens.experiments.report.claim_answers import conclude
-from caa_lens.experiments.report.claim_baselines import by_way, on_tuned
+from caa_lens.experiments.report.claim_baselines import by_way, on_all_tuned, on_tuned
 from caa_lens.experiments.report.claim_generalisation import on_forms
 from caa_lens.experiments.report.claim_geometry import elsewhere
-from caa_lens.experiments.report.status import MEANINGS, Status, of_interval, together
+from caa_lens.experiments.report.status import MEANINGS, Status, capped, of_interval, reservation, together
 
 UP, DOWN, NONE = (0.2, 0.4), (-0.4, -0.2), (-0.1, 0.2)
 """Intervals of an effect above zero, of one below, and of none."""
+
+BEYOND = Finding("beyond controls", "Effect. Beyond every control of the same norm.")
+LETTER = Finding("not shown", "Effect. NOT SHOWN: the control 'letter' of the same norm has an effect of +0.300.")
 
 
 def effect(ends, **rest):
@@ -50,7 +53,7 @@ def test_parts_taken_together():
     ],
 )
 def test_under_every_way_of_prompting(none, few_shot, status, said):
-    found, words = by_way(effects(none=none, few_shot=few_shot))
+    found, words = by_way(effects(none=none, few_shot=few_shot), BEYOND)
     assert found == status
     assert said in words
 
@@ -62,16 +65,52 @@ def test_under_every_way_of_prompting(none, few_shot, status, said):
         ("negative", DOWN, UP, "holds", "score moves its way, by -0.300"),
         ("positive", DOWN, DOWN, "opposite", "score moves the other way, by -0.300"),
         ("negative", UP, UP, "mixed", "score moves the other way, by +0.300"),
-        ("positive", UP, NONE, "mixed", "nats per unit of multiplier, not told from zero."),
+        ("positive", UP, NONE, "null", "nats per unit of multiplier, not told from zero."),
         ("negative", NONE, NONE, "null", "score is not shown to move, by +0.050"),
-        ("positive", UP, DOWN, "mixed", "nats per unit of multiplier, below zero."),
+        ("positive", UP, DOWN, "opposite", "nats per unit of multiplier, below zero."),
     ],
 )
 def test_fine_tuning_and_the_vector_on_top(side, change, on_top, status, said):
     row = effect(on_top, behaviour="b", side=side, method="lora", trainable=10, parameters=1000)
-    found, words = on_tuned(row | {"change": sum(change) / 2, "change_low": change[0], "change_high": change[1]})
+    found, words = on_tuned(
+        row | {"change": sum(change) / 2, "change_low": change[0], "change_high": change[1]}, BEYOND
+    )
     assert found == status
     assert said in words
+
+
+def test_no_more_than_the_vector_beside_its_controls():
+    """A letter's effect is above zero under every way of prompting and at every layer, and is not the behaviour's."""
+    said = f"Beside controls, without a system prompt: {LETTER.words}"
+    assert reservation(BEYOND) == f"Beside controls, without a system prompt: {BEYOND.words}"
+    assert reservation(LETTER) == f"{said} So an effect above zero here is not shown to be this vector's own doing."
+    for status in ("null", "opposite", "not shown"):
+        assert capped(status, LETTER) == status
+    for word in ("not shown", "null", "opposite", "no controls"):
+        assert capped("holds", Finding(word, "e.")) == "not shown"
+    for ends, others in ((UP, "not shown"), (NONE, "not shown"), (DOWN, "mixed")):
+        status, words = by_way(effects(none=UP, few_shot=ends), LETTER)
+        assert status == others
+        assert words.endswith(reservation(LETTER))
+        rows = [effect(ends, layer=0, own=False), effect(UP, layer=9, own=True)]
+        status, words = elsewhere(pd.DataFrame(rows), LETTER)
+        assert status == others
+        assert words.endswith(reservation(LETTER))
+
+
+def test_all_fine_tunings_together():
+    def row(behaviour, side):
+        change = {"change": 0.3, "change_low": 0.2, "change_high": 0.4} if side == "positive" else {
+            "change": -0.3, "change_low": -0.4, "change_high": -0.2}  # fmt: skip
+        return effect(UP, behaviour=behaviour, side=side, method="lora", trainable=1, parameters=9) | change
+
+    rows = [row(name, side) for name in "ab" for side in ("positive", "negative")]
+    assert on_all_tuned(rows, {"a": BEYOND, "b": BEYOND})[0] == "holds"
+    assert on_all_tuned(rows, {"a": LETTER, "b": LETTER})[0] == "not shown"
+    status, words = on_all_tuned(rows, {"a": BEYOND, "b": LETTER})
+    assert status == "mixed"
+    assert words.split("\n")[2].endswith(BEYOND.words)
+    assert words.split("\n")[5].endswith("not shown to be this vector's own doing.")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +133,7 @@ def test_fine_tuning_and_the_vector_on_top(side, change, on_top, status, said):
 )
 def test_a_vector_at_other_layers(home, others, status, said):
     rows = [effect(ends, layer=layer, own=False) for layer, ends in enumerate(others)]
-    found, words = elsewhere(pd.DataFrame([*rows, effect(home, layer=9, own=True)]))
+    found, words = elsewhere(pd.DataFrame([*rows, effect(home, layer=9, own=True)]), BEYOND)
     assert found == status
     assert said in words
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,12 @@ import pandas as pd
 from jaxtyping import Float
 
 from caa_lens.experiments.baselines import SIDES, AdditivityResult, Side, additivity, prompting
+from caa_lens.experiments.effects import Finding
 from caa_lens.experiments.finetuning import finetune
+from caa_lens.experiments.report.claim_effects import unprompted
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.section import NotRun, Section
-from caa_lens.experiments.report.status import PLACES, Status, of_interval, of_intervals, together, written
+from caa_lens.experiments.report.status import PLACES, Status, capped, of_interval, reservation, together, written
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.statistics import paired_change
 from caa_lens.experiments.sweep import score
@@ -32,23 +34,31 @@ def prompting_baselines(lab: Lab, behaviour: str) -> Section:
     )
     effects = result.effects()
     own = effects[effects["vector"] == "vector"]
-    status, words = by_way(own)
-    added = additivity(result)
-    tables = {"scores": result.to_pandas(), "effects": effects, "additivity": added.to_pandas()}
-    notes = (
-        "The status asks whether the vector's effect is above zero under every way of prompting; controls stand in claim 2.",
-    )
-    return Section(status, f"{words}\n{_summed(added)}", tables, {"additivity": added.plot()}, notes=notes)
+    added, beside = additivity(result), unprompted(lab, behaviour)
+    status, words = by_way(own, beside.finding())
+    tables = {
+        "scores": result.to_pandas(),
+        "effects": effects,
+        "effects_beside_controls": beside.effects(),
+        "additivity": added.to_pandas(),
+    }
+    return Section(status, f"{words}\n{_summed(added)}", tables, {"additivity": added.plot()})
 
 
-def by_way(effects: pd.DataFrame) -> tuple[Status, str]:
-    """Whether a vector works under every way of prompting, in a word and in words: rows of `SweepResult.effects`."""
+def by_way(effects: pd.DataFrame, finding: Finding) -> tuple[Status, str]:
+    """Whether a vector works under every way of prompting, in a word and in words.
+
+    Args:
+        effects: rows of `SweepResult.effects`, one a way.
+        finding: of the vector without a system prompt, beside its controls.
+    """
+    places = [of_interval(row.effect_low, row.effect_high) for row in effects.itertuples()]
     said = "; ".join(
-        f"{row['system']}: {written(row)}, {PLACES[of_interval(row['effect_low'], row['effect_high'])]}"
-        for row in effects.to_dict("records")
+        f"{row['system']}: {written(row)}, {PLACES[place]}"
+        for row, place in zip(effects.to_dict("records"), places, strict=True)
     )
-    status = of_intervals(zip(effects["effect_low"], effects["effect_high"], strict=True))
-    return status, f"Effect of the vector per unit of multiplier under each way of prompting, in nats: {said}."
+    words = f"Effect of the vector per unit of multiplier under each way of prompting, in nats: {said}."
+    return together(capped(place, finding) for place in places), f"{words}\n{reservation(finding)}"
 
 
 def _summed(added: AdditivityResult) -> str:
@@ -91,27 +101,42 @@ def fine_tuning(lab: Lab) -> Section:
                 about | sizes | changes | {name: effect[name] for name in ("effect", "effect_low", "effect_high")}
             )
             figures[f"training_{behaviour.replace('/', '_')}_{side}"] = tuned.plot()
-    notes = (
-        "The vector is the base model's, used on the tuned one. The claim holds where tuning moves the score its way and "
-        "the vector works on top of it.",
-    )
-    statuses, lines = zip(*map(on_tuned, found), strict=True)
-    tables = {"fine_tuning": pd.DataFrame(found), "scores": pd.DataFrame(rows)}
-    return Section(together(statuses), "\n".join(lines), tables, figures, notes=notes)
+    results = {behaviour: unprompted(lab, behaviour) for behaviour in study.finetune}
+    status, words = on_all_tuned(found, {behaviour: result.finding() for behaviour, result in results.items()})
+    beside = pd.concat([result.effects().assign(behaviour=behaviour) for behaviour, result in results.items()])
+    tables = {"fine_tuning": pd.DataFrame(found), "effects_beside_controls": beside, "scores": pd.DataFrame(rows)}
+    notes = ("The vector is the base model's, used on the tuned one.",)
+    return Section(status, words, tables, figures, notes=notes)
 
 
-def on_tuned(row: Mapping[str, Any]) -> tuple[Status, str]:
+def on_all_tuned(rows: Sequence[Mapping[str, Any]], findings: Mapping[str, Finding]) -> tuple[Status, str]:
+    """What all fine-tunings show together: the rows of `on_tuned`, and each behaviour's vector on the model as it was."""
+    lines: list[str] = []
+    statuses: list[Status] = []
+    for behaviour, finding in findings.items():
+        for row in rows:
+            if row["behaviour"] == behaviour:
+                status, words = on_tuned(row, finding)
+                statuses.append(status)
+                lines.append(words)
+        lines.append(reservation(finding))
+    return together(statuses), "\n".join(lines)
+
+
+def on_tuned(row: Mapping[str, Any], finding: Finding) -> tuple[Status, str]:
     """What one fine-tuning shows, in a word and in words: whether it moved the held-out score its way, and the vector on top of it.
 
     Args:
         row: of the table `fine_tuning`; `change` is of the score, which tuning towards the negative side should lower, and `effect`
             the vector's.
+        finding: of the vector on the model as it was, beside its controls.
     """
     ends = row["change_low"], row["change_high"]
     moved = of_interval(*ends) if row["side"] == "positive" else of_interval(-ends[1], -ends[0])
     on_top = of_interval(row["effect_low"], row["effect_high"])
     way = {"holds": "moves its way", "null": "is not shown to move", "opposite": "moves the other way"}[moved]
-    return together([moved, on_top]), (
+    shown = capped(on_top, finding)
+    return shown if moved == "holds" else together([moved, shown]), (
         f"{row['behaviour']}, tuned towards the {row['side']} side ({row['method']}, {row['trainable']:,} of "
         f"{row['parameters']:,} parameters): the held-out score {way}, by {written(row, 'change')}; on top of it the vector has an "
         f"effect of {written(row)} nats per unit of multiplier, {PLACES[on_top]}."

@@ -13,9 +13,14 @@ from caa_lens.experiments.scoring import MetricName
 PAPER = "layer 13 of 32 for Llama-2 7B, 44%"
 
 
+def unprompted(lab: Lab, behaviour: str) -> SweepResult:
+    """The chosen layer's vector without a system prompt, beside its controls, on the pairs that report."""
+    return lab.dose(behaviour).by_system()["none"]
+
+
 def by_layer(lab: Lab, behaviour: str) -> Section:
     """Effects by layer beside controls; the finding is of the chosen layer, on pairs that did not choose it."""
-    swept, layer, dose = lab.layer_sweep(behaviour), lab.layer(behaviour), lab.dose(behaviour).by_system()["none"]
+    swept, layer, dose = lab.layer_sweep(behaviour), lab.layer(behaviour), unprompted(lab, behaviour)
     finding = dose.finding()
     n = swept.items["item"].nunique()
     depth = (layer + 1) / lab.n_layers()

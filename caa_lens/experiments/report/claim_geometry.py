@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
+from caa_lens.experiments.effects import Finding
+from caa_lens.experiments.report.claim_effects import unprompted
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.section import NotRun, Section
-from caa_lens.experiments.report.status import PLACES, Status, of_interval, together, written
+from caa_lens.experiments.report.status import PLACES, Status, capped, of_interval, reservation, together, written
 from caa_lens.extraction import extract
 from caa_lens.geometry import norms, pca, similarity
 from caa_lens.models import load_model
@@ -28,7 +32,8 @@ def geometry(lab: Lab, behaviour: str) -> Section:
     near = [c for c in (layer - 1, layer + 1) if c in vectors.layers]  # not -1, the last
     cosine = alike.to_pandas().loc[(behaviour, layer)]
     neighbours = ", ".join(f"{float(cosine[(behaviour, c)]):.2f} to layer {c}" for c in near)
-    status, shown = elsewhere(moved)
+    beside = unprompted(lab, behaviour)
+    status, shown = elsewhere(moved, beside.finding())
     words = (
         f"At layer {layer} the mean difference separates held-out sides with AUROC {at['auroc']:.2f} [{at['low']:.2f}, "
         f"{at['high']:.2f}]; fits to shuffled labels give {at['shuffled_low']:.2f} to {at['shuffled_high']:.2f}.\n"
@@ -39,14 +44,19 @@ def geometry(lab: Lab, behaviour: str) -> Section:
     return Section(
         status,
         words,
-        {"separability": table, "transfer_to_layers": moved, "norms": lengths.to_pandas()},
+        {
+            "separability": table,
+            "transfer_to_layers": moved,
+            "effects_beside_controls": beside.effects(),
+            "norms": lengths.to_pandas(),
+        },
         {
             "pca": components.plot(),
             "separability": apart.plot(),
             "similarity_of_layers": alike.plot(),
             "norms": lengths.plot(),
         },
-        notes=("The status is of the transfer to other layers; the transferred vector keeps its own length.",),
+        notes=("The transferred vector keeps its own length.",),
     )
 
 
@@ -58,11 +68,12 @@ def _transfer(lab: Lab, behaviour: str) -> pd.DataFrame:
     return result.effects().assign(own=lambda table: table["layer"] == v.layer)
 
 
-def elsewhere(effects: pd.DataFrame) -> tuple[Status, str]:
+def elsewhere(effects: pd.DataFrame, finding: Finding) -> tuple[Status, str]:
     """Whether a vector works at most of the layers that are not its own, in a word and in words.
 
     Args:
         effects: rows of `SweepResult.effects`, one a layer, with whether it is the vector's `own`.
+        finding: of the vector at its own layer, beside its controls.
     """
     places = {row.layer: of_interval(row.effect_low, row.effect_high) for row in effects.itertuples() if not row.own}
     home = effects[effects["own"]].iloc[0].to_dict()
@@ -76,13 +87,19 @@ def elsewhere(effects: pd.DataFrame) -> tuple[Status, str]:
         f"At its own layer its effect is {written(home)} nats per unit of multiplier, {PLACES[at_home]}; used at the "
         f"{len(places)} other layers tried, {at('holds')}, {at('opposite')}."
     )
-    working = sum(found == "holds" for found in places.values())
+    return _most(
+        [capped(found, finding) for found in places.values()], capped(at_home, finding)
+    ), f"{words}\n{reservation(finding)}"
+
+
+def _most(elsewhere: Sequence[Status], at_home: Status) -> Status:
+    """Where a vector works at home, the claim is of the other layers, and holds at most of them."""
     if at_home != "holds":
-        return together([at_home, *places.values()]), words
-    if 2 * working > len(places):
-        return "holds", words
-    # At home it works; the claim is of the others.
-    return ("mixed" if working else together(places.values()) if places else "not shown"), words
+        return together([at_home, *elsewhere])
+    working = sum(found == "holds" for found in elsewhere)
+    if working:
+        return "holds" if 2 * working > len(elsewhere) else "mixed"
+    return together(elsewhere) if elsewhere else "not shown"
 
 
 def between_behaviours(lab: Lab) -> Section:

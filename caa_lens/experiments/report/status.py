@@ -56,11 +56,6 @@ def of_interval(low: float, high: float, control: float = 0.0) -> Status:
     return "null" if low <= 0 <= high else "not shown"
 
 
-def of_intervals(intervals: Iterable[tuple[float, float]]) -> Status:
-    """The status of several effects taken together, each compared with zero."""
-    return together([of_interval(*interval) for interval in intervals])
-
-
 def together(statuses: Iterable[Status]) -> Status:
     """The status of several parts taken together: their common one, else mixed; where none goes beyond `not shown`, that."""
     found = set(statuses)
@@ -69,9 +64,21 @@ def together(statuses: Iterable[Status]) -> Status:
     return "not shown" if found == {"not shown", "null"} else "mixed"
 
 
-def capped(status: Status, alone: Finding) -> Status:
-    """What an effect beside zero may count as, where the vector alone has this finding beside its controls."""
-    return "not shown" if status in ("holds", "mixed") and alone.status != "beyond controls" else status
+def capped(status: Status, finding: Finding) -> Status:
+    """What an effect that was compared with zero alone may count as: no more than the vector beside its controls.
+
+    Args:
+        status: of the effect.
+        finding: of the vector without a system prompt, on the same pairs, beside its controls.
+    """
+    return "not shown" if status == "holds" and finding.status != "beyond controls" else status
+
+
+def reservation(finding: Finding) -> str:
+    """The same in words."""
+    said = f"Beside controls, without a system prompt: {finding.words}"
+    own = finding.status == "beyond controls"
+    return said if own else f"{said} So an effect above zero here is not shown to be this vector's own doing."
 
 
 def written(row: Mapping[str, Any], name: str = "effect") -> str:
