@@ -8,6 +8,7 @@ import pytest
 from caa_lens.experiments.effects import Finding
 from caa_lens.experiments.report.claim_answers import conclude
 from caa_lens.experiments.report.claim_baselines import by_way, on_all_tuned, on_tuned
+from caa_lens.experiments.report.claim_capability import on_capability
 from caa_lens.experiments.report.claim_generalisation import on_forms
 from caa_lens.experiments.report.claim_geometry import elsewhere
 from caa_lens.experiments.report.status import MEANINGS, Status, capped, of_interval, reservation, together
@@ -159,3 +160,65 @@ def test_other_forms_beside_their_controls():
 
     assert (of(UP, UP), of(DOWN), of(NONE), of(UP, DOWN)) == ("holds", "opposite", "null", "mixed")
     assert of((0.1, 0.2), (0.1, 0.2)) == of((0.1, 0.2), NONE) == "not shown"
+
+
+def measured(measure, changes, controls=(), p_value=0.01):
+    """A table of `CapabilityResult`: the vector's (low, high) at -1 and +1, the controls' changes at +1."""
+    rows = [("vector", m, *ends) for m, ends in zip((-1.0, 1.0), changes, strict=True)]
+    rows += [("vector", 0.0, 0.0, 0.0), *((f"random-{k}", 1.0, c, c) for k, c in enumerate(controls))]
+    return pd.DataFrame(
+        [
+            {
+                "vector": vector,
+                "layer": 3,
+                "multiplier": m,
+                "measure": measure,
+                "value": 0.7,
+                "change": (low + high) / 2,
+            }
+            | {"change_low": low, "change_high": high, "p_value": p_value, "n": 40}
+            for vector, m, low, high in rows
+        ]
+    )
+
+
+def test_no_harm_names_the_harm_that_is_compatible():
+    status, words = on_capability("mmlu", measured("accuracy", [(-0.05, 0.03), (0.01, 0.04)], [-0.2]))
+    assert status == "holds"
+    assert words.split("\n") == [
+        "mmlu, layer 3, multiplier -1: accuracy 0.710 -> 0.700, change -0.010 [-0.050, +0.030], p = 0.01, n = 40. "
+        "No harm shown; one of up to 0.050 is compatible, within the limit of 0.1.",
+        "mmlu, layer 3, multiplier +1: accuracy 0.675 -> 0.700, change +0.025 [+0.010, +0.040], p = 0.01, n = 40. "
+        "No harm shown; one of up to 0.000 is compatible, within the limit of 0.1.",
+    ]
+    assert on_capability("prose", measured("loss", [(-0.05, 0.1), (-0.3, -0.2)]))[0] == "holds"
+
+
+@pytest.mark.parametrize(
+    ("measure", "worse"), [("accuracy", (-0.09, -0.03)), ("loss", (0.03, 0.09))], ids=["accuracy", "loss"]
+)
+def test_harm_is_compared_with_the_harm_of_controls(measure, worse):
+    sign, fine = (1 if measure == "loss" else -1), (-0.02, 0.02)
+    for controls in ([0.01 * sign], [-0.5 * sign], [-0.5 * sign, 0.02 * sign], []):
+        status, words = on_capability("x", measured(measure, [fine, worse], controls))
+        assert status == "opposite"
+        assert "HARM, beyond every control" in words.split("\n")[1]
+    status, words = on_capability("x", measured(measure, [fine, worse], [-0.5 * sign, 0.05 * sign]))
+    assert status == "mixed"
+    assert f"a control of the same norm does as much: 'random-1' at +1, with a change of {0.05 * sign:+.3f}." in words
+    assert on_capability("x", measured(measure, [fine, worse], p_value=0.2))[0] == "holds"
+
+
+def test_a_wide_interval_shows_nothing():
+    for measure, limit in (("accuracy", "0.1"), ("loss", "0.25")):
+        status, words = on_capability("x", measured(measure, [(-0.3, 0.3), (-0.02, 0.02)]))
+        assert status == "not shown"
+        assert f"No harm shown, but one of up to 0.300 is compatible, above the limit of {limit}." in words
+
+
+def test_a_few_unchanged_answers_show_little():
+    table = measured("accuracy", [(0.0, 0.0), (0.0, 0.0)], p_value=1.0)
+    assert on_capability("x", table)[0] == "holds"
+    status, words = on_capability("x", table.assign(n=3))
+    assert status == "not shown"
+    assert "one of up to 0.632 is compatible" in words

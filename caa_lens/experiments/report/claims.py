@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from caa_lens.experiments.report.claim_answers import judged_answers
 from caa_lens.experiments.report.claim_baselines import fine_tuning, prompting_baselines
-from caa_lens.experiments.report.claim_cost import capabilities, zero_cost
+from caa_lens.experiments.report.claim_capability import capabilities
+from caa_lens.experiments.report.claim_cost import zero_cost
 from caa_lens.experiments.report.claim_effects import by_layer, by_multiplier
 from caa_lens.experiments.report.claim_generalisation import generalises
 from caa_lens.experiments.report.claim_geometry import between_behaviours, geometry
@@ -79,7 +80,8 @@ CLAIMS = (
         5,
         "Capability",
         "What the model knows, and how well it predicts text, is barely touched.",
-        "no loss beyond that under a control of the same norm was found.",
+        "no harm was found in any capability, at either multiplier, and none is compatible with the intervals that is larger "
+        "than 10% of answers or 0.25 nats per token.",
         capabilities,
     ),
     Claim(
