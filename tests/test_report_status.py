@@ -9,9 +9,12 @@ from caa_lens.experiments.effects import Finding
 from caa_lens.experiments.report.claim_answers import conclude
 from caa_lens.experiments.report.claim_baselines import by_way, on_all_tuned, on_tuned
 from caa_lens.experiments.report.claim_capability import on_capability
+from caa_lens.experiments.report.claim_effects import by_depth, by_system, steps
 from caa_lens.experiments.report.claim_generalisation import on_forms
 from caa_lens.experiments.report.claim_geometry import elsewhere
 from caa_lens.experiments.report.status import MEANINGS, Status, capped, of_interval, reservation, together
+from caa_lens.experiments.result import SweepResult
+from caa_lens.experiments.scoring import METRICS
 
 UP, DOWN, NONE = (0.2, 0.4), (-0.4, -0.2), (-0.1, 0.2)
 """Intervals of an effect above zero, of one below, and of none."""
@@ -222,3 +225,61 @@ def test_a_few_unchanged_answers_show_little():
     status, words = on_capability("x", table.assign(n=3))
     assert status == "not shown"
     assert "one of up to 0.632 is compatible" in words
+
+
+@pytest.mark.parametrize(
+    ("best", "status", "said"),
+    [
+        (4, "holds", "largest effect is at layer 4, +0.700 [+0.600, +0.800], inside the middle half of the model."),
+        (0, "mixed", "largest effect is at layer 0, +0.700 [+0.600, +0.800], outside the middle half of the model."),
+        (9, "mixed", "largest effect is at layer 9, +0.700 [+0.600, +0.800], outside the middle half of the model."),
+    ],
+)
+def test_where_a_vector_works_most(best, status, said):
+    ends = {0: UP, 4: UP, 7: NONE, 9: UP} | {best: (0.6, 0.8)}
+    rows = [effect(e, layer=layer, vector="vector") for layer, e in ends.items()]
+    table = pd.DataFrame([*rows, effect((2.0, 3.0), layer=4, vector="random-0")])
+    found, words = by_depth(table, 10)
+    assert found == status
+    assert words.endswith(said)
+    assert words.startswith("The interval lies above zero at 3 of 4 layers swept;")
+    alone = by_depth(table[table["layer"] == best], 10)
+    assert alone[0] == "mixed"
+    assert alone[1].endswith("One layer does not tell where the effect is largest.")
+
+
+def test_under_every_system_prompt_and_with_every_step():
+    null = Finding("null", "NULL: the interval includes zero.")
+
+    def of(*findings, steps=(UP, NONE)):
+        rises = pd.DataFrame([{"change": 0.0, "change_low": low, "change_high": high} for low, high in steps])
+        return by_system(dict(zip(("none", "positive"), findings, strict=True)), rises)
+
+    assert of(BEYOND, BEYOND) == (
+        "holds",
+        f"System prompt 'none': {BEYOND.words}\nSystem prompt 'positive': {BEYOND.words}\n"
+        "From one multiplier to the next, without a system prompt, the change of the mean score lies above zero at 1, not told "
+        "from zero at 1, below zero at 0.",
+    )
+    assert of(BEYOND, null)[0] == of(null, BEYOND)[0] == "mixed"
+    assert of(null, LETTER)[0] == of(LETTER, LETTER)[0] == "not shown"
+    assert of(null, null, steps=(DOWN, UP))[0] == "null"
+    status, words = of(BEYOND, BEYOND, steps=(UP, DOWN))
+    assert status == "mixed"
+    assert words.endswith("below zero at 1.")
+
+
+def test_steps_are_of_items_against_themselves():
+    """Answer keys weigh equally where the metric is balanced; other vectors do not count."""
+    values = {-1.0: (0.0, 0.0, 0.0), 0.0: (0.1, 0.1, 0.7), 2.0: (0.0, 0.0, 0.6)}
+    rows = [
+        {"item": item, "key": "AAB"[item], "vector": vector, "layer": 1, "multiplier": m, "value": value * factor}
+        for vector, factor in (("random-0", 9), ("vector", 1))
+        for m, each in values.items()
+        for item, value in enumerate(each)
+    ]
+    table = steps(SweepResult(pd.DataFrame(rows), METRICS["letter"](), {}))
+    assert table[["start", "end"]].to_numpy().tolist() == [[-1, 0], [0, 2]]
+    assert table["change"].to_numpy() == pytest.approx([0.4, -0.1])
+    assert steps(SweepResult(pd.DataFrame(rows), METRICS["logprob"](), {}))["change"][0] == pytest.approx(0.3)
+    assert (table["change_high"] - table["change_low"]).to_numpy() == pytest.approx(0)

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from caa_lens.experiments.baselines import SIDES, AdditivityResult, Side, additivity, prompting
+from caa_lens.experiments.baselines import SIDES, Side, additivity, prompting
 from caa_lens.experiments.effects import Finding
 from caa_lens.experiments.finetuning import finetune
-from caa_lens.experiments.report.claim_effects import unprompted
+from caa_lens.experiments.report.claim_effects import summed, unprompted
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.section import NotRun, Section
 from caa_lens.experiments.report.status import PLACES, Status, capped, of_interval, reservation, together, written
@@ -42,7 +42,7 @@ def prompting_baselines(lab: Lab, behaviour: str) -> Section:
         "effects_beside_controls": beside.effects(),
         "additivity": added.to_pandas(),
     }
-    return Section(status, f"{words}\n{_summed(added)}", tables, {"additivity": added.plot()})
+    return Section(status, f"{words}\n{summed(added)}", tables, {"additivity": added.plot()})
 
 
 def by_way(effects: pd.DataFrame, finding: Finding) -> tuple[Status, str]:
@@ -59,19 +59,6 @@ def by_way(effects: pd.DataFrame, finding: Finding) -> tuple[Status, str]:
     )
     words = f"Effect of the vector per unit of multiplier under each way of prompting, in nats: {said}."
     return together(capped(place, finding) for place in places), f"{words}\n{reservation(finding)}"
-
-
-def _summed(added: AdditivityResult) -> str:
-    """How many combinations of a way of prompting and a multiplier add up, in the metric's own unit; the table has each."""
-    table = added.to_pandas()
-    own = table[(table["vector"] == "vector") & (table["measure"] == "value")]
-    sums = own[(own["interaction_low"] <= 0) & (own["interaction_high"] >= 0)]
-    largest = own.loc[own["interaction"].abs().idxmax()].to_dict()
-    return (
-        f"Prompt and vector add up, within the interval, in {len(sums)} of {len(own)} combinations; the largest interaction is "
-        f"{written(largest, 'interaction')} {added.metric.unit}, of {largest['system']!r} with "
-        f"multiplier {largest['multiplier']:+g}."
-    )
 
 
 def fine_tuning(lab: Lab) -> Section:

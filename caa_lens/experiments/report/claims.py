@@ -48,14 +48,16 @@ CLAIMS = (
         1,
         "Effect by layer",
         "A vector moves the behaviour, most at layers in the middle of the model.",
-        "the effect at the chosen layer lies above zero and beyond every control of the same norm.",
+        "the effect at the chosen layer lies above zero and beyond every control of the same norm, and of the layers swept one in "
+        "the middle half has the largest effect, as measured.",
         by_layer,
     ),
     Claim(
         2,
         "Effect by multiplier",
-        "The effect grows with the multiplier, and adds to that of a positive or negative system prompt.",
-        "the effect of the vector alone lies above zero and beyond every control of the same norm.",
+        "The effect grows with the multiplier, alone and on top of a positive or negative system prompt.",
+        "the effect lies above zero and beyond every control of the same norm without and under each system prompt, and no step of "
+        "the multiplier lowers the score. Whether vector and prompt add up exactly is described; it decides nothing.",
         by_multiplier,
     ),
     Claim(
