@@ -20,6 +20,7 @@ UP, DOWN, NONE = (0.2, 0.4), (-0.4, -0.2), (-0.1, 0.2)
 """Intervals of an effect above zero, of one below, and of none."""
 
 BEYOND = Finding("beyond controls", "Effect. Beyond every control of the same norm.")
+ACCURACY = {"held_out_accuracy_before": 0.5, "held_out_accuracy_after": 0.7}
 LETTER = Finding("not shown", "Effect. NOT SHOWN: the control 'letter' of the same norm has an effect of +0.300.")
 
 
@@ -65,7 +66,13 @@ def test_under_every_way_of_prompting(none, few_shot, status, said):
 @pytest.mark.parametrize(
     ("side", "change", "on_top", "status", "said"),
     [
-        ("positive", UP, UP, "holds", "score moves its way, by +0.300 [+0.200, +0.400]; on top of it"),
+        (
+            "positive",
+            UP,
+            UP,
+            "holds",
+            "score moves its way, by +0.300 [+0.200, +0.400] (accuracy 50% to 70%); on top of it",
+        ),
         ("negative", DOWN, UP, "holds", "score moves its way, by -0.300"),
         ("positive", DOWN, DOWN, "opposite", "score moves the other way, by -0.300"),
         ("negative", UP, UP, "mixed", "score moves the other way, by +0.300"),
@@ -75,7 +82,7 @@ def test_under_every_way_of_prompting(none, few_shot, status, said):
     ],
 )
 def test_fine_tuning_and_the_vector_on_top(side, change, on_top, status, said):
-    row = effect(on_top, behaviour="b", side=side, method="lora", trainable=10, parameters=1000)
+    row = effect(on_top, behaviour="b", side=side, method="lora", trainable=10, parameters=1000, **ACCURACY)
     found, words = on_tuned(
         row | {"change": sum(change) / 2, "change_low": change[0], "change_high": change[1]}, BEYOND
     )
@@ -106,7 +113,7 @@ def test_all_fine_tunings_together():
     def row(behaviour, side):
         change = {"change": 0.3, "change_low": 0.2, "change_high": 0.4} if side == "positive" else {
             "change": -0.3, "change_low": -0.4, "change_high": -0.2}  # fmt: skip
-        return effect(UP, behaviour=behaviour, side=side, method="lora", trainable=1, parameters=9) | change
+        return effect(UP, behaviour=behaviour, side=side, method="lora", trainable=1, parameters=9, **ACCURACY) | change
 
     rows = [row(name, side) for name in "ab" for side in ("positive", "negative")]
     assert on_all_tuned(rows, {"a": BEYOND, "b": BEYOND})[0] == "holds"

@@ -68,6 +68,7 @@ def fine_tuning(lab: Lab) -> Section:
         raise NotRun("the study fine-tunes on no behaviour (finetune: [...])")
     rows: list[dict[str, object]] = []
     found: list[dict[str, Any]] = []
+    times: list[dict[str, object]] = []
     figures = {}
     for behaviour in study.finetune:
         v = lab.vector(behaviour)
@@ -82,16 +83,22 @@ def fine_tuning(lab: Lab) -> Section:
             change = paired_change(_at(base, 0.0), _at(result, 0.0), seed=study.seed)
             effect = result.effects().iloc[0]
             about = {"behaviour": behaviour, "side": side, "method": tuned.method}
+            times.append({"behaviour": behaviour, "side": side, "seconds": tuned.seconds})
             sizes = {"trainable": tuned.trainable_parameters, "parameters": tuned.parameters}
             changes = {"change": change.value, "change_low": change.low, "change_high": change.high}
-            found.append(
-                about | sizes | changes | {name: effect[name] for name in ("effect", "effect_low", "effect_high")}
-            )
+            on_top = {name: effect[name] for name in ("effect", "effect_low", "effect_high")}
+            found.append(about | sizes | _accuracies(tuned) | changes | on_top)
             figures[f"training_{behaviour.replace('/', '_')}_{side}"] = tuned.plot()
     results = {behaviour: unprompted(lab, behaviour) for behaviour in study.finetune}
     status, words = on_all_tuned(found, {behaviour: result.finding() for behaviour, result in results.items()})
     beside = pd.concat([result.effects().assign(behaviour=behaviour) for behaviour, result in results.items()])
-    tables = {"fine_tuning": pd.DataFrame(found), "effects_beside_controls": beside, "scores": pd.DataFrame(rows)}
+    tables = {
+        "fine_tuning": pd.DataFrame(found),
+        # A table of its own, for seconds are the only numbers here that differ from run to run.
+        "training_time": pd.DataFrame(times),
+        "effects_beside_controls": beside,
+        "scores": pd.DataFrame(rows),
+    }
     notes = ("The vector is the base model's, used on the tuned one.",)
     return Section(status, words, tables, figures, notes=notes)
 
@@ -123,11 +130,19 @@ def on_tuned(row: Mapping[str, Any], finding: Finding) -> tuple[Status, str]:
     on_top = of_interval(row["effect_low"], row["effect_high"])
     way = {"holds": "moves its way", "null": "is not shown to move", "opposite": "moves the other way"}[moved]
     shown = capped(on_top, finding)
+    accuracy = f"{row['held_out_accuracy_before']:.0%} to {row['held_out_accuracy_after']:.0%}"
     return shown if moved == "holds" else together([moved, shown]), (
         f"{row['behaviour']}, tuned towards the {row['side']} side ({row['method']}, {row['trainable']:,} of "
-        f"{row['parameters']:,} parameters): the held-out score {way}, by {written(row, 'change')}; on top of it the vector has an "
-        f"effect of {written(row)} nats per unit of multiplier, {PLACES[on_top]}."
+        f"{row['parameters']:,} parameters): the held-out score {way}, by {written(row, 'change')} (accuracy {accuracy}); "
+        f"on top of it the vector has an effect of {written(row)} nats per unit of multiplier, {PLACES[on_top]}."
     )
+
+
+def _accuracies(tuned: FinetuneResult) -> dict[str, float]:
+    """Shares of pairs whose asked-for completion is the likelier one."""
+    sets = {"train": tuned.train_accuracy, "held_out": tuned.held_out_accuracy}
+    both = {name: accuracy._asdict() for name, accuracy in sets.items() if accuracy is not None}
+    return {f"{name}_accuracy_{when}": share for name, each in both.items() for when, share in each.items()}
 
 
 def _tuned(lab: Lab, behaviour: str, side: Side) -> FinetuneResult:
