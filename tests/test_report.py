@@ -11,8 +11,10 @@ from markupsafe import escape
 
 import caa_lens as caa
 from caa_lens.cli import main
+from caa_lens.experiments.judges.base import Judgement
 from caa_lens.experiments.report import (
     Study,
+    claim_answers,
     claim_cost,
     estimate,
     load_study,
@@ -169,6 +171,31 @@ def test_a_model_in_half_precision_is_examined_whole(study, tmp_path, monkeypatc
     reproduce(half, tmp_path, progress=False, say=lambda line: None)
     assert {name[:2] for name in sections(tmp_path)} == {f"{claim.number:02d}" for claim in CLAIMS}
     assert [name for name, section in sections(tmp_path).items() if section.status == "not run"] == ["04-all"]
+
+
+class Wavering:
+    """A judge that scores every text, and one point lower when it is asked again."""
+
+    name, varies = "wavering", True
+
+    def about(self, rubric):
+        return {"judge": self.name}
+
+    def judge(self, rubric, cases, record):
+        for index, case in enumerate(cases):
+            record(index, Judgement("scored", float(len(case.answer) % 5 + 2 - case.repeat), ""))
+
+
+def test_a_judge_that_varies_is_asked_twice_of_the_known_sides(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(claim_answers, "_judge", lambda lab: Wavering())
+    small = replace(study, behaviours=("formality",), claims=(3,), layer=1, finetune=())
+    reproduce(small, tmp_path, progress=False, say=lambda line: None)
+    section = sections(tmp_path)["03-formality"]
+    assert (
+        "of each of 12 known sides, the judge gives scores 1.00 points apart on average, and the same one for 0%"
+        in section.words
+    )
+    assert section.tables["judged_items"]["repeat"].unique().tolist() == [0]
 
 
 def test_what_is_missing_does_not_stop_the_others(study, tmp_path):

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from caa_lens.choices import as_free_text
+from caa_lens.errors import InputError
 from caa_lens.experiments.answer_set import AnswerSet, known_answers
 from caa_lens.experiments.answers import answers
 from caa_lens.experiments.effects import Finding
 from caa_lens.experiments.judge import judge, judge_from
+from caa_lens.experiments.judged import JudgeResult
 from caa_lens.experiments.judges.base import Judge
 from caa_lens.experiments.judges.local import LocalJudge
 from caa_lens.experiments.report.lab import Lab
@@ -56,6 +59,8 @@ def judged_answers(lab: Lab, behaviour: str) -> Section:
         known_answers(as_free_text(known) if behaviour.startswith("ab/") else known),
         lab.pairs(behaviour).train,
         _judge(lab),
+        # The known sides only: a second score of every answer would be paid for too.
+        repeats=2 if _judge(lab).varies else 1,
         seed=study.seed,
         store=lab.work("judged", behaviour),
         progress=lab.progress,
@@ -70,7 +75,7 @@ def judged_answers(lab: Lab, behaviour: str) -> Section:
     status, words = conclude(result.finding(), able.best())
     return Section(
         status,
-        f"{words}\n{_fluency(found)}",
+        "\n".join([words, *_agreement(able), _fluency(found)]),
         tables,
         {"judged_scores": result.plot()},
         notes=(f"Judge: {result.judge}; it sees question and answer only.",),
@@ -112,6 +117,21 @@ def conclude(finding: Finding, known: Mapping[str, Any]) -> tuple[Status, str]:
     if of_known == "holds":
         return OF_FINDING[finding.status], f"{finding.words}\n{said}"
     return "cannot tell", f"{said} What it says of the answers decides nothing.\nIt says: {finding.words}"
+
+
+def _agreement(able: JudgeResult) -> list[str]:
+    """How far a judge whose scores vary says the same of the known sides twice."""
+    if able.provenance["repeats"] < 2:
+        return []
+    try:
+        found = able.agreement()
+    except InputError:  # no text has two scores
+        return ["No known side was scored twice: how far the judge agrees with itself is not known."]
+    alpha = "" if np.isnan(found.alpha) else f"; Krippendorff's alpha {found.alpha:.2f}"
+    return [
+        f"Asked twice of each of {found.n} known sides, the judge gives scores {found.mean_absolute_difference:.2f} points apart "
+        f"on average, and the same one for {found.exact:.0%} of them{alpha}."
+    ]
 
 
 def _fluency(found: AnswerSet) -> str:
