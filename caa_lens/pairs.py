@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
@@ -80,6 +81,20 @@ class ContrastPair:
     def digests(self) -> frozenset[str]:
         """What identifies the prompt, and the one that it was rewritten from (`restyle`, `as_free_text`)."""
         return frozenset(map(prompt_digest, {self.prompt, self.extra.get(WRITTEN_FROM, self.prompt)}))
+
+
+def _interleaved(groups: Sequence[Sequence[ContrastPair]]) -> list[Sequence[ContrastPair]]:
+    """The groups in an order of which every beginning holds each answer key in its share of the whole; without keys, as given.
+
+    The i-th of the n groups of a key goes to the place (i - 1/2) / n of the way; groups at one place stay in the order given.
+    """
+    strata = [frozenset(pair.key for pair in group) for group in groups]
+    total, seen = Counter(strata), Counter[frozenset[str | None]]()
+    places = []
+    for stratum in strata:
+        seen[stratum] += 1
+        places.append((2 * seen[stratum] - 1) / total[stratum])
+    return [groups[index] for index in sorted(range(len(groups)), key=places.__getitem__)]
 
 
 WRITTEN_FROM = "written_from"
@@ -160,6 +175,9 @@ class PairSet(Sequence[ContrastPair]):
     def split(self, *, held_out: int, seed: int = 0) -> tuple[PairSet, PairSet]:
         """Splits into (training, held-out) pairs; pairs that share a prompt always land on the same side.
 
+        Answer keys are shared out evenly: every key has the same share of both sides, and of every beginning of a side, as far
+        as whole prompts allow. An uneven split of balanced pairs would make the vector partly the answer letter.
+
         Args:
             held_out: number of held-out pairs. With distinct prompts exactly so many are held out; where prompts
                 repeat, the largest number not above it that whole prompts can fill in the shuffled order.
@@ -175,7 +193,7 @@ class PairSet(Sequence[ContrastPair]):
         random.Random(seed).shuffle(order)
         test: list[ContrastPair] = []
         train: list[ContrastPair] = []
-        for group in order:
+        for group in _interleaved(order):
             (test if len(test) + len(group) <= held_out else train).extend(group)
         if not test or not train:
             raise InputError(

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from itertools import combinations
 from statistics import mean
 
 import pytest
@@ -108,6 +109,36 @@ def test_split_never_shares_a_prompt_and_loses_nothing(prompts, held_out, seed):
     test.require_disjoint(train)
 
 
+@given(st.lists(st.sampled_from("AAABBC"), min_size=4, max_size=60), st.floats(0.1, 0.9), st.integers(0, 5))
+def test_split_gives_every_key_its_share_of_both_sides_and_their_beginnings(keys, share, seed):
+    loaded = caa.load_pairs([(str(i), f"({key})", "(D)") for i, key in enumerate(keys)])
+    held_out = min(max(round(share * len(keys)), 1), len(keys) - 1)
+    train, test = loaded.split(held_out=held_out, seed=seed)
+    assert len(test) == held_out
+    for side in (train, test, test[: len(test) // 2]):
+        for key, count in Counter(keys).items():
+            assert abs(sum(pair.key == key for pair in side) - count * len(side) / len(keys)) < 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_of_even_keys_is_even(seed):
+    loaded = caa.load_pairs([(str(i), *(("(A)", "(B)") if i % 2 else ("(B)", "(A)"))) for i in range(100)])
+    for side in loaded.split(held_out=30, seed=seed):
+        assert Counter(pair.key for pair in side) == {"A": len(side) / 2, "B": len(side) / 2}
+
+
+def test_split_of_keyed_pairs_keeps_a_prompt_on_one_side():
+    loaded = caa.load_pairs([(str(i // 2), f"({'AB'[i % 2]})", "(C)") for i in range(40)])
+    train, test = loaded.split(held_out=10, seed=0)
+    assert not {pair.prompt for pair in train} & {pair.prompt for pair in test}
+    assert Counter(pair.key for pair in test) == {"A": 5, "B": 5}
+
+
+def test_split_without_keys_is_the_shuffle_alone():
+    loaded = caa.load_pairs([(f"p{i}", "yes", "no") for i in range(12)])
+    assert [pair.prompt for pair in loaded.split(held_out=5, seed=3)[1]] == ["p1", "p7", "p10", "p0", "p6"]
+
+
 def test_split_without_room_and_prompts_on_both_sides():
     loaded = caa.load_pairs([("p", "a", "b"), ("p", "c", "d")])
     with pytest.raises(caa.InputError, match="leaves 2 training and 0 held-out"):
@@ -160,6 +191,13 @@ def test_multiple_choice_sets_are_balanced(name):
         differences.append((len(a) - len(b)) * (1 if pair.key == "A" else -1))
     assert abs(mean(differences)) < 6
     assert loaded.about["rubric"]
+
+
+def test_multiple_choice_sets_have_key_orders_of_their_own():
+    """Sets that share one would share what a split of it, or a control made of half of it, has of the letter."""
+    orders = ["".join(pair.key for pair in caa.load_pairs(name)) for name in MULTIPLE_CHOICE]
+    for one, other in combinations(orders, 2):
+        assert 35 <= sum(a == b for a, b in zip(one, other, strict=False)) <= 65
 
 
 def test_system_prompts_of_the_built_in_sets():
