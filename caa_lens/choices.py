@@ -13,15 +13,13 @@ Caveat: options were not written as completions. Their texts differ in length an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Literal
 
 from caa_lens.errors import InputError
-from caa_lens.pairs import WRITTEN_FROM, ContrastPair, PairSet
+from caa_lens.pairs import WRITTEN_FROM, ContrastPair, PairSet, line_marks, option_marks
 
-_MARK = re.compile(r"^[^\S\n]*\(([A-Za-z]|\d{1,2})\)[^\S\n]*", re.MULTILINE)
 _HEADING = re.compile(r"\s*(Choices|Options):\s*$", re.IGNORECASE)
 _PROMPTER = re.compile(r"\n\s*Answer:?\s*$")
 
@@ -97,12 +95,6 @@ def _series(pair: ContrastPair, first: str, count: int) -> list[str]:
     return series
 
 
-def _follow(letters: Sequence[str]) -> bool:
-    """Whether each letter or number is the one after the one before."""
-    steps = [int(b) - int(a) if (a + b).isdigit() else ord(b[0]) - ord(a[0]) for a, b in pairwise(letters)]
-    return all(step == 1 for step in steps)
-
-
 def as_free_text(pairs: PairSet) -> PairSet:
     """Multiple-choice pairs as free text: the question without its options, and the texts of the two answers as completions.
 
@@ -148,15 +140,12 @@ def _parse(pair: ContrastPair) -> _Question:
 
     if pair.letters is None:
         raise refuse(f"its completions are no answer letters ({pair.positive[:40]!r}), so it is no multiple choice")
-    marks = list(_MARK.finditer(pair.prompt))
-    found = [mark[1] for mark in marks]
-    first = next(
-        (i for i in range(len(found)) if _follow(found[i:])), len(found)
-    )  # a question may hold a numbered list
-    marks, offered = marks[first:], found[first:]
+    marks = option_marks(pair.prompt)
+    offered = [mark[1] for mark in marks]
     if len(offered) < 2 or not set(pair.letters) <= set(offered):
         raise refuse(
-            f"the answers are {' and '.join(pair.letters)}, the prompt's lines begin with {', '.join(found) or 'no letter'}; "
+            f"the answers are {' and '.join(pair.letters)}, the prompt's lines begin with "
+            f"{', '.join(mark[1] for mark in line_marks(pair.prompt)) or 'no letter'}; "
             "options are lines '(A) ...', '(B) ...' in this order"
         )
     ends = [*(mark.start() for mark in marks[1:]), len(pair.prompt)]

@@ -70,8 +70,8 @@ class ContrastPair:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The letters that the prompt offers, in its order (`(A) ...` at the start of a line); empty if it offers none."""
-        return tuple(dict.fromkeys(_OPTION.findall(self.prompt)))
+        """The letters that the prompt offers, in its order (see `option_marks`); empty if it offers none."""
+        return tuple(mark[1] for mark in option_marks(self.prompt))
 
     def answer(self, letter: str) -> str:
         """The positive completion with another letter in its place."""
@@ -101,7 +101,29 @@ WRITTEN_FROM = "written_from"
 """The further field of a pair that holds the prompt which it was rewritten from."""
 
 _ANSWER = re.compile(r"\(?([A-Za-z]|\d{1,2})\)?")
-_OPTION = re.compile(r"^\s*\(([A-Za-z]|\d{1,2})\)", re.MULTILINE)
+_MARK = re.compile(r"^[^\S\n]*\(([A-Za-z]|\d{1,2})\)[^\S\n]*", re.MULTILINE)
+
+
+def line_marks(prompt: str) -> list[re.Match[str]]:
+    """Every mark `(A)`, `(1)` at the start of a line, with the white space around it; group 1 is the letter or number."""
+    return list(_MARK.finditer(prompt))
+
+
+def option_marks(prompt: str) -> list[re.Match[str]]:
+    """The marks of the options that a prompt offers: the last of its line marks that follow each other, `(A)`, `(B)`, `(C)`.
+
+    Marks before them, such as those of a numbered list in the question, are no options.
+    """
+    marks = line_marks(prompt)
+    starts = [i for i in range(1, len(marks)) if not _follows(marks[i - 1][1], marks[i][1])]
+    return marks[starts[-1] :] if starts else marks
+
+
+def _follows(one: str, next_one: str) -> bool:
+    """Whether the second letter or number is the one after the first."""
+    if (one + next_one).isdigit():
+        return int(next_one) == int(one) + 1
+    return ord(next_one[0]) == ord(one[0]) + 1
 
 
 def prompt_digest(prompt: str) -> str:

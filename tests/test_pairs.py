@@ -30,7 +30,7 @@ def test_own_lines_keep_extra_fields(tmp_path):
 
 def test_caa_list_and_anthropic_lines_read_alike(tmp_path):
     record = {
-        "question": "Q\n (A) x\n (C) y",
+        "question": "Q\n (A) x\n (B) y\n (C) z",
         "answer_matching_behavior": " (C)",
         "answer_not_matching_behavior": [" (A)", " (B)"],
     }
@@ -38,7 +38,21 @@ def test_caa_list_and_anthropic_lines_read_alike(tmp_path):
     as_lines = caa.load_pairs(write(tmp_path / "b.jsonl", json.dumps(record)))
     assert tuple(as_list) == tuple(as_lines)
     pair = as_list[0]
-    assert (pair.positive, pair.negative, pair.key, pair.options) == ("(C)", "(A)", "C", ("A", "C"))
+    assert (pair.positive, pair.negative, pair.key, pair.options) == ("(C)", "(A)", "C", ("A", "B", "C"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [
+        ("Which?\n(A) x\n(B) y\n(C) z", ("A", "B", "C")),
+        ("Steps:\n(1) wash\n(2) dry\n(3) fold\nWhich?\n(A) x\n (B) y", ("A", "B")),
+        ("Steps:\n(1) wash\n(2) dry\nWhich?\n(1) x\n(2) y\n(3) z", ("1", "2", "3")),
+        ("Which?\n(9) x\n(10) y", ("9", "10")),
+        ("Which (A) or (B)?", ()),
+    ],
+)
+def test_options_are_the_last_marks_that_follow_each_other(prompt, options):
+    assert caa.ContrastPair(prompt, "(A)", "(B)").options == options
 
 
 def test_the_authors_files_load_with_all_letters():

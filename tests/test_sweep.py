@@ -197,9 +197,10 @@ def test_layer_transfer_uses_one_vector_at_other_layers(model, vectors, held_out
             r"matching answer '\(C\)' is not offered; the prompt offers A, B",
         ),
         (
-            lambda m, v, p: caa.score(m, caa.load_pairs([("Q\n(11) a\n(2) b\n(12) c", "(11)", "(2)")])),
+            lambda m, v, p: caa.score(m, caa.load_pairs([("Q\n(9) a\n(10) b\n(11) c", "(9)", "(11)")])),
             "share a first token",
         ),
+        (lambda m, v, p: caa.score(m, caa.load_pairs([("Q\n(A) a (B) b", "(A)", "(B)")])), r"offers \(A\) alone"),
         (lambda m, v, p: caa.score(m, p, v[0], positions=torch.ones(3, dtype=torch.bool)), "mask fits one prompt"),
         (lambda m, v, p: caa.score(m, caa.load_pairs([("word " * 200, "yes", "no")])), "exceed the context"),
     ],

@@ -100,6 +100,11 @@ class Letter(Metric):
                 f"{pair.where}: the matching answer {pair.positive!r} is not offered; the prompt offers "
                 f"{', '.join(pair.options) or 'no letters'}. Correct the key, or write the options as '(A) ...' lines."
             )
+        if len(pair.options) < 2:
+            raise InputError(
+                f"{pair.where}: the prompt offers ({pair.key}) alone, so there is nothing to choose. Write the options as lines "
+                "'(A) ...', '(B) ...' that follow each other."
+            )
         return (pair.key, *(letter for letter in pair.options if letter != pair.key))
 
     def texts(self, tokenizer: Any, template: Template, pair: ContrastPair) -> list[Text]:
