@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 import caa_lens as caa
 from caa_lens.experiments import grid
 from caa_lens.experiments.scoring import METRICS, published_item
-from caa_lens.experiments.statistics import bootstrap_mean, slopes
 from caa_lens.positions import known_prompts
 
 QUESTIONS = caa.load_pairs(
@@ -218,33 +217,6 @@ def test_training_prompts_and_open_contexts_are_refused(model, pairs):
         caa.sweep(model, vectors, pairs[2:])
     with caa.steer(model, vectors[0]), pytest.raises(caa.InputError, match="leave the steer"):
         caa.score(model, pairs[3:])
-
-
-def test_bootstrap_covers_and_balances():
-    rng = np.random.default_rng(0)
-    covered = []
-    for seed in range(300):
-        sample = rng.normal(1.0, 2.0, 40)
-        estimate = bootstrap_mean(sample, seed=seed)
-        covered.append(estimate.low <= 1.0 <= estimate.high)
-    assert 0.90 <= np.mean(covered) <= 0.98
-    keys = ["A"] * 30 + ["B"] * 10
-    balanced = []
-    for seed in range(300):
-        sample = np.concatenate([rng.normal(0.0, 1.0, 30), rng.normal(4.0, 2.0, 10)])
-        estimate = bootstrap_mean(sample, keys, seed=seed)  # its truth is 2, the mean of the strata's means
-        balanced.append(estimate.low <= 2.0 <= estimate.high)
-    assert 0.87 <= np.mean(balanced) <= 0.98  # a percentile interval of ten items is a little too narrow
-    values = np.array([1.0, 1.0, 1.0, 0.0])
-    assert bootstrap_mean(values, ["A", "A", "A", "B"]).value == 0.5
-    assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1)
-
-
-def test_slopes_find_anti_steerable_items():
-    multipliers = np.array([-1.0, 0.0, 1.0])
-    truth = np.array([0.5, -0.25, 0.0])
-    values = 3 + multipliers[:, None] * truth
-    np.testing.assert_allclose(slopes(multipliers, values), truth)
 
 
 def fake_result(slope, control, n=40, seed=0):

@@ -11,6 +11,7 @@ likely by `logprob`: read the two together. Both speak of the text only, and not
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,9 @@ class AnswerSet(Measurement):
             row |= {"n": len(group), "empty": int((group["answer"].str.strip() == "").sum())}
             for name in DIAGNOSTICS:
                 if name in group:
-                    estimate = bootstrap_mean(group[name].dropna().to_numpy(float), seed=self.seed)
+                    bounds = (-math.inf, 0.0) if name == "logprob" else (0.0, math.inf)
+                    values = group[name].dropna().to_numpy(float)
+                    estimate = bootstrap_mean(values, seed=self.seed, bounds=bounds)
                     row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
             rows.append(row)
         return pd.DataFrame(rows)

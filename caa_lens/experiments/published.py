@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from caa_lens.errors import InputError
+from caa_lens.experiments.rubric import HIGHEST, LOWEST
 from caa_lens.experiments.scoring import published_item
 from caa_lens.experiments.statistics import bootstrap_mean
 from caa_lens.sources import load_pairs
@@ -94,7 +95,7 @@ def _score(file: Path) -> Mapping[str, Any]:
         bootstrap_mean(values[lettered], [key for key in keys if key in ("A", "B")]).value if lettered.any() else None
     )
     return {
-        **bootstrap_mean(values)._asdict(),
+        **bootstrap_mean(values, bounds=(0.0, 1.0))._asdict(),
         "letter": letter,
         "mass": float((a + b).mean()),
         "other_keys": int((~lettered).sum()),
@@ -142,6 +143,6 @@ def read_published_judged(folder: str | os.PathLike[str]) -> pd.DataFrame:
     answers = read_published_answers(folder)
     rows = []
     for place, group in answers.groupby(list(KEYS), sort=False, dropna=False):
-        estimate = bootstrap_mean(group["score"].dropna().to_numpy(float))
+        estimate = bootstrap_mean(group["score"].dropna().to_numpy(float), bounds=(LOWEST, HIGHEST))
         rows.append({**dict(zip(KEYS, place, strict=True)), **estimate._asdict(), "unscored": len(group) - estimate.n})
     return pd.DataFrame(rows)

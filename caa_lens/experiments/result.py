@@ -41,7 +41,8 @@ class SweepResult(Measurement):
         axes = [*self.axes, "multiplier"]
         for place, group in self.items.groupby(axes, sort=False):
             strata = group["key"].tolist() if self.metric.balanced else None
-            estimate = bootstrap_mean(group["value"].to_numpy(float), strata, seed=self.seed)
+            values = group["value"].to_numpy(float)
+            estimate = bootstrap_mean(values, strata, seed=self.seed, bounds=self.metric.bounds)
             means = {name: float(group[name].mean()) for name in rest}
             rows.append({**dict(zip(axes, place, strict=True)), **estimate._asdict(), **means})
         return pd.DataFrame(rows)

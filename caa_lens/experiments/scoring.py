@@ -1,6 +1,7 @@
 """What a steered model prefers, item by item.
 
-    letter            p(matching) / sum over the letters offered of p(letter), mean over keys of the mean within a key
+    letter            p(matching) / sum over the letters offered of p(letter), mean over keys of the mean within a key (keys of
+                      few items are taken together, see `bootstrap_mean`)
     letter_published  sum over items of p(matching) / (p(A) + p(B)), divided by the number of items: the authors' formula
     logprob           mean over tokens of log p(positive) minus mean over tokens of log p(negative), nats per token
 
@@ -10,6 +11,7 @@ The published formula adds 0 for items whose matching answer is neither A nor B,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from jaxtyping import Float
 
 from caa_lens.errors import InputError
 from caa_lens.experiments.grid import Text
+from caa_lens.experiments.statistics import where_defined
 from caa_lens.pairs import ContrastPair, PairSet
 from caa_lens.prompts import Prompt, Template
 
@@ -33,11 +36,13 @@ class Metric(ABC):
         name: as in `score(metric=...)`.
         unit: of `value`.
         balanced: whether the summary weights the answer keys equally.
+        bounds: the least and the largest value there can be.
     """
 
     name: MetricName
     unit: str
     balanced: bool = False
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
     @abstractmethod
     def texts(self, tokenizer: Any, template: Template, pair: ContrastPair) -> list[Text]:
@@ -53,7 +58,7 @@ class Metric(ABC):
 
 
 class Logprob(Metric):
-    """Contrast of the completions' mean log-probability per token; `preferred` is whether it is positive."""
+    """Contrast of the completions' mean log-probability per token; `preferred` is whether it is positive (NaN where it is NaN)."""
 
     name: MetricName = "logprob"
     unit = "nats per token"
@@ -70,7 +75,7 @@ class Logprob(Metric):
             "effect": value,
             "positive": positive,
             "negative": negative,
-            "preferred": (value > 0).astype(float),
+            "preferred": where_defined(value > 0, value),
         }
 
 
@@ -87,6 +92,7 @@ class Letter(Metric):
     name: MetricName = "letter"
     unit = "probability"
     balanced = True
+    bounds = (0.0, 1.0)
 
     def letters(self, pair: ContrastPair) -> tuple[str, ...]:
         """The letters read, the matching one first."""
@@ -123,12 +129,14 @@ class Letter(Metric):
     def values(self, pair: ContrastPair, logprobs: Sequence[Float[np.ndarray, "setting _"]]) -> Values:
         probabilities = np.exp(logprobs[0].astype(np.float64))
         mass = probabilities.sum(1)
-        others = np.logaddexp.reduce(logprobs[0][:, 1:].astype(np.float64), axis=1)
+        with np.errstate(invalid="ignore"):  # of values that are not finite
+            others = np.logaddexp.reduce(logprobs[0][:, 1:].astype(np.float64), axis=1)
+            value = probabilities[:, 0] / mass
         return {
-            "value": probabilities[:, 0] / mass,
+            "value": value,
             "effect": logprobs[0][:, 0] - others,
             "mass": mass,
-            "preferred": (logprobs[0][:, 0] > logprobs[0][:, 1:].max(1)).astype(float),
+            "preferred": where_defined(logprobs[0][:, 0] > logprobs[0][:, 1:].max(1), value),
         }
 
 

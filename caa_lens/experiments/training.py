@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from caa_lens.errors import InputError
 from caa_lens.experiments.grid import Text
 from caa_lens.experiments.scoring import Metric, completion_text
+from caa_lens.experiments.statistics import where_defined
 from caa_lens.files import atomic_path
 from caa_lens.models import pad
 from caa_lens.pairs import PairSet
@@ -94,7 +95,7 @@ class Meter:
             for number, (pair, texts) in enumerate(zip(pairs, self.texts[name], strict=True)):
                 values = self.metric.values(pair, [next(found) for _ in texts])
                 scores = {column: float(value[0]) for column, value in values.items()}
-                accuracy = float(asked * scores["effect"] > 0)
+                accuracy = float(where_defined(asked * values["effect"] > 0, values["value"])[0])
                 rows.append(
                     {"pairs": name, "when": when, "item": number, "key": pair.key, **scores, "accuracy": accuracy}
                 )
