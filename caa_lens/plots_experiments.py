@@ -95,7 +95,7 @@ def plot_transfer(result: TransferResult, *, ax: Axes | None = None) -> Figure:
     values = np.array([[cell["effect"] for cell in row] for row in cells])
     units = list(dict.fromkeys(table["unit"]))
     one_unit = len(units) == 1
-    largest = np.abs(values).max(axis=None if one_unit else 0)
+    largest = np.nan_to_num(np.abs(values)).max(axis=None if one_unit else 0)
     scale = np.where(largest > 0, largest, 1.0)
     unit = units[0] if one_unit else "the unit below each column"
     width, height = 2.4 + 0.95 * len(places), 1.6 + max(0.42 * len(sources), 1.2)

@@ -143,6 +143,21 @@ def test_verdicts():
         made(0, 0).verdict("loss")
 
 
+def test_one_item_and_values_that_are_not_finite_decide_nothing(model, vectors):
+    assert "NOT" not in (one := made(-0.1, 0.0, n=1).verdict())
+    assert "[no interval], p = 1, n = 1. TOO FEW: one item cannot tell." in one
+    options = {"operator": lambda activations, *_: activations * torch.inf, "window": 64, "progress": False}
+    lost = caa.text_loss(model, TEXT, vectors[1], **options)
+    steered = lost.to_pandas().query("multiplier != 0")
+    assert steered[["value", "change", "change_low", "p_value"]].isna().all(axis=None)
+    assert "NOT MEASURABLE: the model gave values that are not finite." in lost.verdict()
+    broken = made(-0.1, 0.0)
+    control = (broken.items["vector"] == "random-0") & (broken.items["multiplier"] != 0)
+    broken = replace(broken, items=broken.items.assign(accuracy=broken.items["accuracy"].mask(control)))
+    assert "NOT MEASURABLE" in broken.verdict()
+    assert "the control 'random-0'" in broken.verdict()
+
+
 @pytest.mark.parametrize("discrete", [False, True], ids=["normal", "accuracy"])
 def test_paired_change_covers_and_has_its_size(discrete):
     """On synthetic data without a change: the interval covers zero about 95% of the time, and p < 0.05 about 5% (never

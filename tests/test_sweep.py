@@ -1,7 +1,9 @@
 """Scores, sweeps, controls: equal to plain runs, resumable, honest about null effects."""
 
+import io
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -219,11 +221,11 @@ def test_training_prompts_and_open_contexts_are_refused(model, pairs):
         caa.score(model, pairs[3:])
 
 
-def fake_result(slope, control, n=40, seed=0):
+def fake_result(slope, control, n=40, seed=0, layer=3):
     """A table in which items have the given mean slopes, with noise."""
     rng = np.random.default_rng(seed)
     rows = [
-        {"item": i, "key": None, "vector": name, "layer": 3, "multiplier": m, "value": 0.0, "effect": m * s}
+        {"item": i, "key": None, "vector": name, "layer": layer, "multiplier": m, "value": 0.0, "effect": m * s}
         for name, mean in (("vector", slope), ("random-0", control))
         for i, s in enumerate(rng.normal(mean, 0.5, n))
         for m in (-1.0, 0.0, 1.0)
@@ -240,6 +242,37 @@ def test_verdicts():
     assert "Beyond every control" in fake_result(1.0, 0.05).verdict()
     nulls = ["NULL" in fake_result(0.0, 0.0, seed=seed).verdict() for seed in range(40)]
     assert np.mean(nulls) >= 0.85
+
+
+def test_one_item_cannot_tell(model, vectors, held_out):
+    result = caa.sweep(model, vectors, held_out[:1], controls=True, progress=False)
+    assert result.finding().status == "undecided"
+    assert "[no interval], n = 1. TOO FEW: one item cannot tell." in result.verdict()
+    assert result.effects()[["effect_low", "effect_high"]].isna().all(axis=None)
+    result.plot("layer").savefig(io.BytesIO())
+    result.plot("multiplier", layer=1).savefig(io.BytesIO())
+
+
+def overflowing(activations, direction, strength):
+    return activations * torch.inf
+
+
+def test_values_that_are_not_finite_are_not_measurable(model, vectors, held_out):
+    """Activations that overflow; and those of a control."""
+    for pairs in (QUESTIONS, held_out):
+        result = caa.sweep(
+            model, vectors[1], pairs, multipliers=(-1, 1), controls=1, operator=overflowing, progress=False
+        )
+        assert result.to_pandas()[["value", "low", "high", "preferred"]].isna().all(axis=None)
+        assert result.finding().status == "undecided"
+        assert "NOT MEASURABLE: the model gave values that are not finite." in result.verdict()
+        result.plot("multiplier").savefig(io.BytesIO())
+    broken = fake_result(1.0, 0.05)
+    control = broken.items["vector"] == "random-0"
+    broken = replace(broken, items=broken.items.assign(effect=broken.items["effect"].mask(control)))
+    assert broken.finding().status == "undecided"
+    assert "NOT MEASURABLE" in broken.verdict()
+    assert "the control 'random-0'" in broken.verdict()
 
 
 @pytest.mark.slow

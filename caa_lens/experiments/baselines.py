@@ -23,7 +23,7 @@ import pandas as pd
 from caa_lens.errors import InputError, MissingError
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.scoring import Metric
-from caa_lens.experiments.statistics import bootstrap_mean
+from caa_lens.experiments.statistics import bootstrap_mean, bracket, why_undecided
 from caa_lens.experiments.sweep import System
 from caa_lens.hooks import template_for
 from caa_lens.models import Model, describe, tokenizer_of
@@ -218,7 +218,7 @@ class AdditivityResult:
         return (
             f"{self.provenance['pairs']}, layer {row.layer}, {row.system!r} with multiplier {row.multiplier:+g}, in {unit}: "
             f"prompting {row.prompting:+.3f}, steering {row.steering:+.3f}, both {row.both:+.3f} (sum {row.expected:+.3f}); "
-            f"interaction {row.interaction:+.3f} [{row.interaction_low:+.3f}, {row.interaction_high:+.3f}], n = {row.n}."
+            f"interaction {row.interaction:+.3f} {bracket(row.interaction_low, row.interaction_high)}, n = {row.n}."
         )
 
     def plot(self, measure: Measure = "value", *, ax: Axes | None = None) -> Figure:
@@ -229,6 +229,8 @@ class AdditivityResult:
 
 
 def _judged(row: Any) -> str:
+    if why := why_undecided(row.interaction, row.interaction_low):
+        return why
     if row.interaction_low <= 0 <= row.interaction_high:
         return "ADDITIVE within the interval, which includes zero."
     if row.prompting * row.steering <= 0:

@@ -15,6 +15,7 @@ Source of the two-choice form: Rimsky et al., arXiv:2312.06681, section 7 (MMLU 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,10 @@ from typing import Any, Literal
 import pandas as pd
 
 from caa_lens.errors import InputError
+from caa_lens.experiments.effects import largest_control
 from caa_lens.experiments.grid import Text
 from caa_lens.experiments.runs import run_items, settings_for
-from caa_lens.experiments.statistics import bootstrap_mean, paired_change
+from caa_lens.experiments.statistics import bootstrap_mean, bracket, paired_change, why_undecided
 from caa_lens.experiments.sweep import sweep
 from caa_lens.files import digest
 from caa_lens.models import Model, describe, tokenizer_of
@@ -37,6 +39,8 @@ from caa_lens.vector_set import VectorSet
 
 ALPHA = 0.05
 """Largest p-value of a change that counts; the intervals are of 95%."""
+BOUNDS = {"accuracy": (0.0, 1.0), "p_correct": (0.0, 1.0), "mass": (0.0, 1.0), "loss": (0.0, math.inf)}
+"""The least and the largest value of each measure."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class CapabilityResult:
                             **dict(zip(axes, place, strict=True)),
                             "multiplier": multiplier,
                             "measure": measure,
-                            **bootstrap_mean(values, seed=self.seed)._asdict(),
+                            **bootstrap_mean(values, seed=self.seed, bounds=BOUNDS[measure])._asdict(),
                             "change": change.value,
                             "change_low": change.low,
                             "change_high": change.high,
@@ -111,20 +115,24 @@ class CapabilityResult:
     def _what(self, row: Any) -> str:
         return (
             f"{self.provenance['measured_on']}, layer {row.layer}, multiplier {row.multiplier:+g}: {row.measure} "
-            f"{row.value - row.change:.3f} -> {row.value:.3f}, change {row.change:+.3f} [{row.change_low:+.3f}, "
-            f"{row.change_high:+.3f}], p = {row.p_value:.3g}, n = {row.n}."
+            f"{row.value - row.change:.3f} -> {row.value:.3f}, change {row.change:+.3f} "
+            f"{bracket(row.change_low, row.change_high)}, p = {row.p_value:.3g}, n = {row.n}."
         )
 
 
 def _judged(row: Any, controls: pd.DataFrame) -> str:
     """The vector's change beside the changes of the controls at the same layer and size of multiplier."""
+    if why := why_undecided(row.change, row.change_low):
+        return why
     if row.change_low <= 0 <= row.change_high:
         return "NO CHANGE SHOWN: the interval includes zero."
     if row.p_value >= ALPHA:
         return f"NO CHANGE SHOWN: p is not below {ALPHA}; the items are too few or too unlike to tell."
     if controls.empty:
         return "CHANGED: the interval excludes zero; no controls were run (controls=True)."
-    largest = controls.loc[controls["change"].abs().idxmax()]
+    largest = largest_control(controls, "change")
+    if why := why_undecided(largest["change"], 0.0):
+        return f"{why} This is the control {largest['vector']!r}."
     what = (
         f"{largest['vector']!r} of the same norm at {largest['multiplier']:+g} changes it by {largest['change']:+.3f}"
     )

@@ -14,16 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import pandas as pd
 
 from caa_lens.errors import InputError
-from caa_lens.experiments.statistics import bootstrap_mean, slopes
+from caa_lens.experiments.statistics import bootstrap_mean, bracket, slopes, where_defined, why_undecided
 
 
 class Finding(NamedTuple):
     """What a measurement shows: one of a few words, and the sentence that gives the numbers."""
 
-    status: Literal["beyond controls", "no controls", "not shown", "null", "opposite"]
+    status: Literal["beyond controls", "no controls", "not shown", "null", "opposite", "undecided"]
     words: str
 
 
@@ -59,16 +60,23 @@ class Measurement:
 
 
 def effect_table(
-    items: pd.DataFrame, axes: Sequence[str], *, measure: str, strata: str | None = None, seed: int = 0
+    items: pd.DataFrame,
+    axes: Sequence[str],
+    *,
+    measure: str,
+    strata: str | None = None,
+    seed: int = 0,
+    gaps: bool = False,
 ) -> pd.DataFrame:
     """One row a group of `axes`: `effect` and the share of `anti_steerable` items, each with its 95% interval, and `n`.
 
     Args:
         items: one row an item and setting, with `item`, `multiplier` and the measure.
         axes: columns that tell the groups apart (`vector`, `layer`, ...).
-        measure: column whose slope is taken; an item that lacks it at some multiplier is left out of the group.
-        strata: column of the strata that are weighted equally.
+        measure: column whose slope is taken; a group with a value that is not finite has the effect NaN.
+        strata: column of the strata that are weighted equally (see `bootstrap_mean`).
         seed: of the bootstrap.
+        gaps: NaN stands for what was not measured (an answer without a score), and leaves the item out of the group.
 
     Raises:
         InputError: fewer than two multipliers.
@@ -77,11 +85,12 @@ def effect_table(
         raise InputError("an effect needs at least two multipliers; run multipliers=(-1, 0, 1).")
     rows = []
     for place, group in items.groupby(list(axes), sort=False):
-        table = group.pivot(index="multiplier", columns="item", values=measure).dropna(axis="columns")
+        table = group.pivot(index="multiplier", columns="item", values=measure)
+        table = table.dropna(axis="columns") if gaps else table
         slope = slopes(table.index.to_numpy(float), table.to_numpy(float))
         keys = group.drop_duplicates("item").set_index("item")[strata].loc[table.columns].tolist() if strata else None
         effect = bootstrap_mean(slope, keys, seed=seed)
-        anti = bootstrap_mean((slope < 0).astype(float), seed=seed)
+        anti = bootstrap_mean(where_defined(slope < 0, slope), seed=seed, bounds=(0.0, 1.0))
         rows.append(
             {
                 **dict(zip(axes, place, strict=True)),
@@ -98,17 +107,22 @@ def effect_table(
 
 
 def best_of(effects: pd.DataFrame) -> dict[str, Any]:
-    """The row of the layer at which the vector's effect is largest.
+    """The row of the layer at which the vector's effect is largest; where none is finite, of the first layer.
 
     Raises:
-        InputError: no vector was run, or none of its effects is a number.
+        InputError: no vector was run, or none of its items was measured.
     """
-    own = effects[(effects["vector"] == "vector") & effects["effect"].notna()]
+    own = effects[(effects["vector"] == "vector") & (effects["n"] > 0)]
     if own.empty:
         raise InputError(
             "there is no effect of a vector here: none was run, or no item has a value at every multiplier."
         )
-    return dict(own.loc[own["effect"].idxmax()])
+    return dict(own.loc[own["effect"].fillna(-np.inf).idxmax()])
+
+
+def largest_control(controls: pd.DataFrame, measure: str = "effect") -> Any:
+    """The row of the largest change either way; one that is not finite is larger than any."""
+    return controls.loc[controls[measure].abs().fillna(np.inf).idxmax()]
 
 
 def finding_on(effects: pd.DataFrame, subject: str, *, unit: str) -> Finding:
@@ -120,27 +134,37 @@ def finding_on(effects: pd.DataFrame, subject: str, *, unit: str) -> Finding:
         unit: of the measure.
     """
     best = best_of(effects)
-    at_best = effects[(effects["layer"] == best["layer"]) & (effects["vector"] != "vector")]
-    others = at_best[at_best["vector"] != "letter-balanced"]  # a variant of the vector, not a null
-    others = others[others["effect"].notna()]
     what = (
         f"{subject}, layer {best['layer']}: effect {best['effect']:+.3f} {unit} per unit of multiplier "
-        f"[{best['effect_low']:+.3f}, {best['effect_high']:+.3f}], n = {best['n']}"
+        f"{bracket(best['effect_low'], best['effect_high'])}, n = {best['n']}"
     )
+    if why := why_undecided(best["effect"], best["effect_low"]):
+        return Finding("undecided", f"{what}. {why}")
     if best["effect_high"] < 0:
         return Finding("opposite", f"{what}. OPPOSITE: the interval lies below zero, and no layer does better.")
     if best["effect_low"] <= 0:
         return Finding("null", f"{what}. NULL: the interval includes zero.")
-    if others.empty:
+    # The letter-balanced vector is a variant of the vector, not a null.
+    controls = effects[~effects["vector"].isin(["vector", "letter-balanced"]) & (effects["n"] > 0)]
+    controls = controls[controls["layer"] == best["layer"]]
+    if controls.empty:
         return Finding("no controls", f"{what}. The interval excludes zero; no controls were run (controls=True).")
-    largest = others.loc[others["effect"].abs().idxmax()]
-    if best["effect_low"] <= abs(float(largest["effect"])):
+    return _beside(controls, what, best["effect_low"])
+
+
+def _beside(controls: pd.DataFrame, what: str, effect_low: float) -> Finding:
+    """The finding of an effect above zero beside the largest of its controls."""
+    largest = largest_control(controls)
+    control, size = repr(largest["vector"]), float(largest["effect"])
+    if why := why_undecided(size, 0.0):
+        return Finding("undecided", f"{what}. {why} This is the control {control}.")
+    if effect_low <= abs(size):
         return Finding(
             "not shown",
-            f"{what}. NOT SHOWN: the control {largest['vector']!r} of the same norm has an effect of "
-            f"{largest['effect']:+.3f}, which the interval does not exceed.",
+            f"{what}. NOT SHOWN: the control {control} of the same norm has an effect of {size:+.3f}, which the interval "
+            "does not exceed.",
         )
     return Finding(
         "beyond controls",
-        f"{what}. Beyond every control of the same norm; the largest is {largest['vector']!r} at {largest['effect']:+.3f}.",
+        f"{what}. Beyond every control of the same norm; the largest is {control} at {size:+.3f}.",
     )

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from caa_lens.errors import InputError
+from caa_lens.experiments.effects import largest_control
 from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.scoring import MetricName, metric_for
+from caa_lens.experiments.statistics import bracket, why_undecided
 from caa_lens.experiments.sweep import sweep, write_items
 from caa_lens.models import Model
 from caa_lens.pairs import PairSet
@@ -77,7 +79,7 @@ class TransferResult:
                 nulls = block[
                     block["source"].isin(["", own["source"]]) & ~block["vector"].isin(["vector", "letter-balanced"])
                 ]
-                largest = None if nulls.empty else nulls.loc[nulls["effect"].abs().idxmax()]
+                largest = None if nulls.empty else largest_control(nulls)
                 bound = 0.0 if largest is None else abs(largest["effect"])
                 rows.append(
                     {
@@ -100,8 +102,8 @@ class TransferResult:
         for row in self.to_pandas().to_dict("records"):
             where = f"{row['source']} on {row['test']}" + (f", template {row['template']}" if "template" in row else "")
             lines.append(
-                f"{where}: effect {row['effect']:+.3f} {row['unit']} per unit of multiplier [{row['effect_low']:+.3f}, "
-                f"{row['effect_high']:+.3f}], n = {row['n']}. {_judged(row)}"
+                f"{where}: effect {row['effect']:+.3f} {row['unit']} per unit of multiplier "
+                f"{bracket(row['effect_low'], row['effect_high'])}, n = {row['n']}. {_judged(row)}"
             )
         return "\n".join(lines)
 
@@ -113,11 +115,15 @@ class TransferResult:
 
 
 def _judged(row: Mapping[str, Any]) -> str:
+    if why := why_undecided(row["effect"], row["effect_low"]):
+        return why
     if row["effect_low"] <= 0 <= row["effect_high"]:
         return "NULL: the interval includes zero."
     way = "" if row["effect"] > 0 else "OPPOSITE: the interval lies below zero. "
     if row["control"] is None:
         return f"{way}The interval excludes zero; no controls were run (controls=True)."
+    if why := why_undecided(row["control_effect"], 0.0):
+        return f"{way}{why} This is the control {row['control']!r}."
     what = f"{row['control']!r} of the same norm has an effect of {row['control_effect']:+.3f}"
     if row["beyond"]:
         return f"{way}Beyond every control: {what}, the largest."

@@ -18,7 +18,7 @@ import pandas as pd
 
 from caa_lens.errors import InputError
 from caa_lens.experiments.effects import Finding, Measurement, best_of, effect_table, finding_on
-from caa_lens.experiments.rubric import Rubric
+from caa_lens.experiments.rubric import HIGHEST, LOWEST, Rubric
 from caa_lens.experiments.statistics import bootstrap_mean, interval_alpha
 from caa_lens.experiments.store import save_table
 
@@ -71,7 +71,7 @@ class JudgeResult(Measurement):
         for place, group in self.items.groupby(axes, sort=False):
             scores = group.groupby("item")["score"].mean().dropna().to_numpy(float)
             counts = {f"n_{status}": int((group["status"] == status).sum()) for status in UNSCORED}
-            estimate = bootstrap_mean(scores, seed=self.seed)
+            estimate = bootstrap_mean(scores, seed=self.seed, bounds=(LOWEST, HIGHEST))
             rows.append({**dict(zip(axes, place, strict=True)), **estimate._asdict(), **counts})
         return pd.DataFrame(rows)
 
@@ -84,7 +84,7 @@ class JudgeResult(Measurement):
         """
         by = [*self.axes, "item", "multiplier"]
         scores = self.items.groupby(by, sort=False)["score"].mean().reset_index()
-        return effect_table(scores, self.axes, measure="score", seed=self.seed)
+        return effect_table(scores, self.axes, measure="score", seed=self.seed, gaps=True)
 
     def best(self) -> dict[str, Any]:
         """The layer at which the vector's effect is largest, as a row of `effects()`; chosen on these questions, so somewhat too

@@ -9,6 +9,7 @@ model tuned on the negative side goes down. A training pair's change says nothin
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import pandas as pd
 
 from caa_lens.errors import MissingError
 from caa_lens.experiments.scoring import METRICS
-from caa_lens.experiments.statistics import bootstrap_mean
+from caa_lens.experiments.statistics import bootstrap_mean, bracket, why_undecided
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,12 +115,14 @@ class FinetuneResult:
         for name, group in self.items.groupby("pairs", sort=False):
             before, after = (group[group["when"] == when].set_index("item") for when in ("before", "after"))
             for measure in ("value", "accuracy"):
-                balanced = measure == "value" and METRICS[self.provenance["metric"]].balanced
-                strata = before["key"].tolist() if balanced else None
+                metric = METRICS[self.provenance["metric"]]
+                strata = before["key"].tolist() if measure == "value" and metric.balanced else None
                 row: dict[str, Any] = {"pairs": name, "measure": measure}
                 both = {"before": before[measure], "after": after[measure], "change": after[measure] - before[measure]}
+                limits = (0.0, 1.0) if measure == "accuracy" else metric.bounds
                 for what, values in both.items():
-                    found = bootstrap_mean(values.to_numpy(float), strata, seed=self.provenance["seed"])
+                    bounds = (-math.inf, math.inf) if what == "change" else limits
+                    found = bootstrap_mean(values.to_numpy(float), strata, seed=self.provenance["seed"], bounds=bounds)
                     row |= {what: found.value, f"{what}_low": found.low, f"{what}_high": found.high}
                 rows.append({**row, "n": len(before)})
         return pd.DataFrame(rows)
@@ -131,10 +134,11 @@ class FinetuneResult:
         for row in table[table["measure"] == "value"].itertuples():
             ends = sorted((asked * row.change_low, asked * row.change_high))
             said = "MOVED as asked" if ends[0] > 0 else "MOVED the other way" if ends[1] < 0 else "NO MOVE SHOWN"
+            why = why_undecided(row.change, row.change_low)
             lines.append(
                 f"{self.provenance['pairs']}, {self.side}, {self.method}, {row.pairs.replace('_', '-')} pairs: {said}: "
-                f"{row.before:+.3f} -> {row.after:+.3f}, change {row.change:+.3f} [{row.change_low:+.3f}, "
-                f"{row.change_high:+.3f}], n = {row.n}."
+                f"{row.before:+.3f} -> {row.after:+.3f}, change {row.change:+.3f} "
+                f"{bracket(row.change_low, row.change_high)}, n = {row.n}.{why and ' '}{why}"
             )
         return "\n".join(lines)
 

@@ -17,8 +17,8 @@ Status = Literal["holds", "not shown", "null", "opposite", "mixed", "cannot tell
 
 MEANINGS: Mapping[Status, str] = {
     "holds": "what stands under the claim as 'Holds where' was found",
-    "not shown": "it points the claim's way, but short of 'Holds where': a control of the same norm does as much, none was run, or "
-    "the interval is too wide",
+    "not shown": "it points the claim's way, but short of 'Holds where': a control of the same norm does as much, none was run, "
+    "the interval is too wide, or the items are too few to have one",
     "null": "no effect was found: the interval includes zero",
     "opposite": "the reverse was found: the interval lies on the other side of zero; in claim 5, harm beyond every control; in "
     "claim 8, logits that differ",
@@ -35,10 +35,16 @@ OF_FINDING: Mapping[str, Status] = {
     "not shown": "not shown",
     "null": "null",
     "opposite": "opposite",
+    "undecided": "not shown",
 }
 """The status of what rests on one finding of a sweep."""
 
-PLACES: Mapping[Status, str] = {"holds": "above zero", "null": "not told from zero", "opposite": "below zero"}
+PLACES: Mapping[Status, str] = {
+    "holds": "above zero",
+    "null": "not told from zero",
+    "opposite": "below zero",
+    "not shown": "without an interval",
+}
 """In words, where an interval lies that was compared with zero alone."""
 
 
