@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import caa_lens as caa
 from caa_lens.experiments import grid
+from caa_lens.experiments.effects import finding_on
 from caa_lens.experiments.scoring import METRICS, published_item
 from caa_lens.positions import known_prompts
 
@@ -242,6 +244,45 @@ def test_verdicts():
     assert "Beyond every control" in fake_result(1.0, 0.05).verdict()
     nulls = ["NULL" in fake_result(0.0, 0.0, seed=seed).verdict() for seed in range(40)]
     assert np.mean(nulls) >= 0.85
+
+
+def layers(*results):
+    """One result of several layers."""
+    return replace(results[0], items=pd.concat([result.items for result in results], ignore_index=True))
+
+
+def test_the_best_of_several_layers_is_held_against_the_controls_at_all_of_them():
+    strong, elsewhere = fake_result(1.0, 0.05, layer=3), fake_result(0.2, -1.5, layer=7)
+    assert "Beyond every control of the same norm; the largest is 'random-0' at" in strong.verdict()
+    finding = layers(strong, elsewhere).finding()
+    assert finding.status == "not shown"
+    assert "layer 3: effect" in finding.words
+    assert re.search(r"'random-0' .* at layer 7, the largest at any of the 2 layers", finding.words)
+    weak = layers(strong, fake_result(0.2, 0.1, layer=7)).finding()
+    assert weak.status == "beyond controls"
+    assert "at any of the 2 layers that this one was chosen from; the largest is 'random-0', at layer" in weak.words
+
+
+def test_a_null_vector_rarely_passes_a_sweep_of_many_layers():
+    """Every direction has an effect of its own at each layer; one more of them is the vector."""
+    rng = np.random.default_rng(0)
+    names = ["vector", *(f"random-{k}" for k in range(6))]
+    passed = []
+    for _ in range(200):
+        rows = [
+            {
+                "vector": name,
+                "layer": layer,
+                "effect": effect,
+                "effect_low": effect - 0.3,
+                "effect_high": effect + 0.3,
+                "n": 30,
+            }
+            for name in names
+            for layer, effect in enumerate(rng.normal(0, 1, 30))
+        ]
+        passed.append(finding_on(pd.DataFrame(rows), "null", unit="nats").status == "beyond controls")
+    assert np.mean(passed) < 0.1
 
 
 def test_one_item_cannot_tell(model, vectors, held_out):

@@ -3,7 +3,8 @@
     effect of a vector at a layer = mean over items of the slope of the item's measure against the multiplier
 
 An item whose slope is negative is anti-steerable: the vector moves it the wrong way. An effect counts as shown when its
-interval lies beyond the largest effect of any control of the same norm at the same layer.
+interval lies beyond the largest effect of any control of the same norm: at the same layer, or, where the layer was chosen as the
+best of several, at any of these, so that the controls have the same choice.
 
 Source for slopes and anti-steerability: Tan et al., "Analyzing the generalization and reliability of steering vectors" (2024).
 """
@@ -128,12 +129,14 @@ def largest_control(controls: pd.DataFrame, measure: str = "effect") -> Any:
 def finding_on(effects: pd.DataFrame, subject: str, *, unit: str) -> Finding:
     """Whether the effect at the best layer is beyond zero and beyond every control, as a word and in words.
 
+    The controls count at every layer that the best one was chosen from.
+
     Args:
         effects: of `effect_table`.
         subject: whose effect it is.
         unit: of the measure.
     """
-    best = best_of(effects)
+    best, n_layers = best_of(effects), effects["layer"].nunique()
     what = (
         f"{subject}, layer {best['layer']}: effect {best['effect']:+.3f} {unit} per unit of multiplier "
         f"{bracket(best['effect_low'], best['effect_high'])}, n = {best['n']}"
@@ -146,25 +149,29 @@ def finding_on(effects: pd.DataFrame, subject: str, *, unit: str) -> Finding:
         return Finding("null", f"{what}. NULL: the interval includes zero.")
     # The letter-balanced vector is a variant of the vector, not a null.
     controls = effects[~effects["vector"].isin(["vector", "letter-balanced"]) & (effects["n"] > 0)]
-    controls = controls[controls["layer"] == best["layer"]]
     if controls.empty:
         return Finding("no controls", f"{what}. The interval excludes zero; no controls were run (controls=True).")
-    return _beside(controls, what, best["effect_low"])
+    return _beside(controls, what, best["effect_low"], n_layers)
 
 
-def _beside(controls: pd.DataFrame, what: str, effect_low: float) -> Finding:
-    """The finding of an effect above zero beside the largest of its controls."""
+def _beside(controls: pd.DataFrame, what: str, effect_low: float, n_layers: int) -> Finding:
+    """The finding of an effect above zero, the best of `n_layers`, beside the largest of its controls at these."""
     largest = largest_control(controls)
     control, size = repr(largest["vector"]), float(largest["effect"])
+    at, anywhere = "", ""
+    if n_layers > 1:
+        at = f" at layer {largest['layer']}"
+        anywhere = f" at any of the {n_layers} layers that this one was chosen from"
     if why := why_undecided(size, 0.0):
-        return Finding("undecided", f"{what}. {why} This is the control {control}.")
+        return Finding("undecided", f"{what}. {why} This is the control {control}{at}.")
     if effect_low <= abs(size):
+        most = f"{at}, the largest{anywhere}," if n_layers > 1 else ","
         return Finding(
             "not shown",
-            f"{what}. NOT SHOWN: the control {control} of the same norm has an effect of {size:+.3f}, which the interval "
+            f"{what}. NOT SHOWN: the control {control} of the same norm has an effect of {size:+.3f}{most} which the interval "
             "does not exceed.",
         )
     return Finding(
         "beyond controls",
-        f"{what}. Beyond every control of the same norm; the largest is {control} at {size:+.3f}.",
+        f"{what}. Beyond every control of the same norm{anywhere}; the largest is {control}{at and f',{at},'} at {size:+.3f}.",
     )
