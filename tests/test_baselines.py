@@ -1,5 +1,6 @@
 """Prompting baselines: examples as they are scored, drawn fairly, and interactions known in closed form."""
 
+import io
 import json
 from collections import Counter
 from dataclasses import replace
@@ -330,3 +331,10 @@ def test_the_figure_holds_the_table():
     assert "planted, layer 5, n = 6" in ax.get_title()
     with pytest.raises(caa.InputError, match="measure='effect': there are 'value'"):
         one.plot("effect")
+
+
+def test_additivity_of_one_item_is_undecided(model, vectors, held_out):
+    systems = {"none": None, "kind": "Be kind."}
+    result = caa.additivity(caa.sweep(model, vectors[1], held_out[:1], systems=systems, progress=False))
+    assert result.verdict().count("[no interval], n = 1. TOO FEW: one item cannot tell.") == 2
+    result.plot().savefig(io.BytesIO())

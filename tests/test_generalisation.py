@@ -1,10 +1,12 @@
 """Pairs in other styles, and vectors on tests that they were not made for: equal to the plain measurements, marked honestly."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import fixture_path
 from matplotlib.figure import Figure
 
@@ -309,3 +311,14 @@ def test_the_heat_map_holds_the_table():
         assert [text.get_text().splitlines()[0] for text in ax.get_xticklabels()] == ["near", "far"]
     ax = Figure().subplots()
     assert found.plot(ax=ax) is ax.figure
+
+
+def test_one_item_and_values_that_are_not_finite_decide_nothing(model, vectors, held_out):
+    one = caa.transfer(model, {"tone": vectors}, {"own": held_out[:1]}, layer=1, progress=False)
+    assert "[no interval], n = 1. TOO FEW: one item cannot tell." in one.verdict()
+    lost = {"operator": lambda activations, *_: activations * torch.inf, "progress": False}
+    broken = caa.transfer(model, {"tone": vectors}, {"own": held_out}, layer=1, **lost)
+    assert "NOT MEASURABLE" in broken.verdict()
+    for result in (one, broken):
+        assert not result.to_pandas()["beyond"].any()
+        result.plot().savefig(io.BytesIO())
