@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from caa_lens.experiments.effects import Finding
+from caa_lens.experiments.statistics import bracket
 
 Status = Literal["holds", "not shown", "null", "opposite", "mixed", "cannot tell", "described", "not run"]
 
@@ -89,4 +90,4 @@ def reservation(finding: Finding) -> str:
 
 def written(row: Mapping[str, Any], name: str = "effect") -> str:
     """A number of a table with its interval."""
-    return f"{row[name]:+.3f} [{row[f'{name}_low']:+.3f}, {row[f'{name}_high']:+.3f}]"
+    return f"{row[name]:+.3f} {bracket(row[f'{name}_low'], row[f'{name}_high'])}"
