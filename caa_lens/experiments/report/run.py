@@ -11,11 +11,11 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from caa_lens.errors import InputError
+from caa_lens.errors import CaaLensError
 from caa_lens.experiments.report.claims import CLAIMS, Claim
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.page import write_page
-from caa_lens.experiments.report.section import NotRun, Section, read_section, save_section
+from caa_lens.experiments.report.section import Section, read_section, save_section
 from caa_lens.experiments.report.study import Study
 from caa_lens.files import claim_folder, is_claimed, write_json
 from caa_lens.models import Model, describe
@@ -47,10 +47,12 @@ def reproduce(
 
     Raises:
         InputError: the folder holds another study.
+        MissingError: there is no such model. What a section lacks stops nothing: it is "not run", and tried again by the next call.
     """
     folder = Path(out)
     on_main(lambda: _sign(folder, study))
     lab = Lab(study, folder, model=model, progress=progress)
+    info = describe(lab.model)  # without the model itself there is no section to run
     for claim, behaviour, place in plan(study, folder):
         if on_main(lambda place=place: is_done(place)):  # type: ignore[misc]
             continue
@@ -60,7 +62,6 @@ def reproduce(
         section = _examine(lab, claim, behaviour)
         if is_main():
             _keep(folder, place, section, time.perf_counter() - started)
-    info = describe(lab.model)
     about = {"model": info.name, "revision": info.revision, "layers": info.n_layers, "d_model": info.d_model}
     return on_main(lambda: _publish(folder, about))
 
@@ -107,8 +108,8 @@ def _examine(lab: Lab, claim: Claim, behaviour: str | None) -> Section:
             return claim.all_together(lab)
         assert claim.each is not None
         return claim.each(lab, behaviour)
-    except (NotRun, InputError) as error:
-        # What one section lacks (an extra that is not installed, a model that cannot be baked) must not stop the others.
+    except CaaLensError as error:
+        # What one section lacks (an extra, a judge that answers, a base model that is there) must not stop the others.
         return Section("not run", f"Not run: {error}")
 
 
