@@ -174,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--judge", help="local, local:MODEL or openai:MODEL (default: the study's)")
     reproduce.add_argument("--layer", type=int, help="layer to steer at (default: chosen by the layer sweep)")
     reproduce.add_argument("--base", help="another model of equal width whose vectors are compared")
-    reproduce.add_argument("--finetune", nargs="+", help="behaviours to fine-tune on (default: the study's)")
+    reproduce.add_argument(
+        "--finetune", nargs="*", help="behaviours to fine-tune on, or none (default: the study's, of those examined)"
+    )
     reproduce.add_argument("--estimate", action="store_true", help="say what it would take, and stop")
 
     report = command(

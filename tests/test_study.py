@@ -1,5 +1,6 @@
 """Studies at work: what a setting, a service or a package that is missing does, and what a resumed study runs again."""
 
+import re
 import sys
 from dataclasses import replace
 
@@ -7,7 +8,8 @@ import pytest
 from conftest import tiny_llama
 
 import caa_lens as caa
-from caa_lens.experiments.report import Study, claim_answers, reproduce
+from caa_lens.cli import main
+from caa_lens.experiments.report import Study, claim_answers, load_study, reproduce
 from caa_lens.experiments.report.section import read_section
 
 
@@ -81,3 +83,20 @@ def test_without_its_model_a_study_does_not_begin(small, tmp_path):
     with pytest.raises(caa.MissingError, match="no/such"):
         reproduce(replace(small, model="no/such"), tmp_path, progress=False)
     assert not (tmp_path / "sections").exists()
+
+
+def test_a_part_of_a_preset_tunes_on_that_part(small, tmp_path, capsys):
+    assert load_study("embedded", behaviours=("sentiment",)).finetune == ()
+    assert load_study("embedded", behaviours=["formality", "sentiment"]).finetune == ("formality",)
+    assert load_study("embedded", behaviours=("all",)).finetune == ("formality",)
+    assert load_study("embedded", finetune=[]).finetune == load_study("embedded", finetune=("none",)).finetune == ()
+    message = re.escape(
+        "finetune=['formality']: 'formality' is not among the study's behaviours, sentiment; leave it out"
+    )
+    with pytest.raises(caa.InputError, match=message):
+        load_study("embedded", behaviours=("sentiment",), finetune=("formality",))
+    command = ["reproduce", "--model", small.model, "--study", "embedded", "--kind", "bridge", "--claims", "4"]
+    for chosen in (["--behaviours", "sentiment"], ["--finetune"], ["--finetune", "none"]):
+        assert main([*command, *chosen, "--out", str(tmp_path / "s"), "--estimate"]) == 0
+    assert main([*command, "--behaviours", "sentiment", "--finetune", "formality", "--out", str(tmp_path / "s")]) == 1
+    assert "is not among the study's behaviours" in capsys.readouterr().err

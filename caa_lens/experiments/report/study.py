@@ -48,7 +48,7 @@ class Study:
         max_new_tokens: the longest generated answer.
         judge: who scores generated answers: `"local"` (the model itself reads the rubric), `"local:MODEL"` or `"openai:MODEL"`.
         examples: worked examples in few-shot prompts; None for as many as fit, up to 8.
-        finetune: behaviours to fine-tune on as a baseline.
+        finetune: behaviours to fine-tune on as a baseline; none, or `("none",)`, leaves it out.
         method, epochs: of the fine-tuning.
         capability: questions of each kind, and windows of text, to measure what steering costs; None for all.
         batch_size: items run together; changes speed and memory only.
@@ -106,9 +106,14 @@ class Study:
             if folder is not None and not Path(folder).is_dir():
                 raise MissingError(f"{name}={folder!r} is no folder; give the path of the authors' files.")
         object.__setattr__(self, "behaviours", self._named_behaviours())
+        if self.finetune == ("none",):
+            object.__setattr__(self, "finetune", ())
         stray = [name for name in self.finetune if name not in self.behaviours]
         if stray:
-            raise InputError(f"finetune={list(self.finetune)}: {stray[0]!r} is not among the study's behaviours.")
+            raise InputError(
+                f"finetune={list(self.finetune)}: {stray[0]!r} is not among the study's behaviours, "
+                f"{', '.join(self.behaviours)}; leave it out, or add it to them."
+            )
 
     def _named_behaviours(self) -> tuple[str, ...]:
         known = built_in()
@@ -162,7 +167,8 @@ def load_study(source: str | os.PathLike[str], **changes: Any) -> Study:
 
     Args:
         source: a name of `presets()`, or the path of a YAML file whose keys are those of `Study`.
-        **changes: settings to change; None leaves a setting as it is.
+        **changes: settings to change; None leaves a setting as it is. Where `behaviours` are changed and `finetune` is not, only
+            those of them are fine-tuned on.
 
     Raises:
         MissingError: neither a preset nor a file.
@@ -197,8 +203,12 @@ def study_from(settings: Any, origin: str, **changes: Any) -> Study:
     unknown = [key for key in settings if key not in allowed]
     if unknown:
         raise InputError(f"{origin}: unknown key {unknown[0]!r}; allowed are {', '.join(allowed)}.")
-    given = {**settings, **{name: value for name, value in changes.items() if value is not None}}
+    changed = {name: value for name, value in changes.items() if value is not None}
+    given = {**settings, **changed}
     made: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    chosen, tuned = changed.get("behaviours", ("all",)), made.get("finetune")
+    if tuple(chosen) != ("all",) and "finetune" not in changed and isinstance(tuned, tuple):
+        made["finetune"] = tuple(name for name in tuned if name in chosen)
     return Study(**made)
 
 
