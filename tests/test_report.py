@@ -260,7 +260,7 @@ def test_presets_and_files(tmp_path):
         ("[1, 2", "not valid YAML"),
         ("model: m\nbehaviours: [nothing]", "no behaviour 'nothing'; there are ab/"),
         ("model: m\nclaims: [0]", "allowed are numbers from 1 to 10"),
-        ("model: m\nheld_out: 2", "give at least 4"),
+        ("model: m\nheld_out: 2", "held_out=2 must be at least 4"),
         ("model: m\nmultipliers: [1, 2]", "must hold -1, 0 and 1"),
         ("model: m\nlayer: high", "'high' is not int"),
         ("model: m\nbatch_size: 0", "must be at least 1"),

@@ -9,7 +9,8 @@ from conftest import tiny_llama
 
 import caa_lens as caa
 from caa_lens.cli import main
-from caa_lens.experiments.report import Study, claim_answers, load_study, reproduce
+from caa_lens.experiments.report import Study, claim_answers, claim_cost, estimate, load_study, reproduce
+from caa_lens.experiments.report import lab as labs
 from caa_lens.experiments.report.section import read_section
 
 
@@ -100,3 +101,65 @@ def test_a_part_of_a_preset_tunes_on_that_part(small, tmp_path, capsys):
         assert main([*command, *chosen, "--out", str(tmp_path / "s"), "--estimate"]) == 0
     assert main([*command, "--behaviours", "sentiment", "--finetune", "formality", "--out", str(tmp_path / "s")]) == 1
     assert "is not among the study's behaviours" in capsys.readouterr().err
+
+
+REFUSED = {
+    "judge": ("banana", "openai:", "local: "),
+    "method": ("qlora",),
+    "kind": ("tuned-lens",),
+    "dtype": ("float31",),
+    "controls": (-1,),
+    "train": (0,),
+    "questions": (-1,),
+    "examples": (0,),
+    "layer": (-1,),
+    "seed": (-1,),
+    "capability": (0,),
+    "shuffles": (0, 4),
+    "multipliers": ((-1.0, 0.0, 1.0, float("nan")), (-1.0, 0.0, 1.0, float("inf"))),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values])
+def test_settings_that_no_study_can_run_with(small, name, value):
+    with pytest.raises(caa.InputError, match=r"allowed are|must be|give ") as caught:
+        replace(small, **{name: value})
+    given = list(value) if isinstance(value, tuple) else value
+    assert name in str(caught.value)
+    assert str(given) in str(caught.value)
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_bytes("model: m\n# für später".encode("latin-1"))
+    with pytest.raises(caa.InputError, match=re.escape(f"{file} is not UTF-8 text")):
+        load_study(file)
+
+
+def test_a_layer_beyond_the_model_is_refused_before_any_work(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(labs, "extract", None)
+    for run in (lambda s: reproduce(s, tmp_path), lambda s: estimate(s, tmp_path, caa.load_model(s.model))):
+        with pytest.raises(caa.InputError, match="layer=3: the model's layers are 0 to 2"):
+            run(replace(small, layer=3))
+
+
+def test_published_numbers_that_are_not_there_are_noticed_before_any_work(small, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(caa.InputError, match="holds no result files"):
+        replace(small, published=str(tmp_path / "empty"))
+
+
+def test_a_judge_without_a_key_is_noticed_before_answers_are_written(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(claim_answers, "answers", None)
+    _, found = quietly(replace(small, claims=(3,), judge="openai:m"), tmp_path)
+    assert "no key for the judge" in found["03-formality"].words
+
+
+def test_claims_that_need_a_prompt_have_one_without_open_questions(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(claim_cost, "NEW_TOKENS", 2)
+    study = replace(small, questions=0, claims=(3, 8, 9))
+    _, found = quietly(study, tmp_path)
+    assert {name: section.status for name, section in found.items()} == {"08-all": "holds", "09-formality": "described"}
+    lab = labs.Lab(study, tmp_path)
+    monkeypatch.setattr(labs.Lab, "open_questions", lambda lab, behaviour: [])
+    assert lab.prompts("formality", 3) == [pair.prompt for pair in lab.pairs("formality").report[:3]]

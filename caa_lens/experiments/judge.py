@@ -148,12 +148,20 @@ def judge_from(spec: str, **options: Any) -> Judge:
     Raises:
         InputError: another kind, or no name.
     """
+    kind, name = parse_judge(spec)
+    return OpenAIJudge(name, **options) if kind == "openai" else LocalJudge(load_model(name), **options)
+
+
+def parse_judge(spec: str) -> tuple[str, str]:
+    """The kind and the model's name of what `judge_from` takes.
+
+    Raises:
+        InputError: another kind, or no name.
+    """
     kind, _, name = spec.partition(":")
-    if kind == "openai" and name:
-        return OpenAIJudge(name, **options)
-    if kind == "local" and name:
-        return LocalJudge(load_model(name), **options)
-    raise InputError(f"no judge {spec!r}: give 'openai:MODEL', or 'local:MODEL' with what load_model() takes.")
+    if kind not in ("openai", "local") or not name.strip():
+        raise InputError(f"no judge {spec!r}: give 'openai:MODEL', or 'local:MODEL' with what load_model() takes.")
+    return kind, name
 
 
 class _Judgements:

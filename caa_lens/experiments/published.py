@@ -42,6 +42,11 @@ _NAMES = "|".join((*KEYS, _OLDER))
 _FIELD = re.compile(rf"_({_NAMES})=(.*?)(?=_(?:{_NAMES})=|$)")
 
 
+def result_files(folder: str | os.PathLike[str], kind: str = "") -> list[Path]:
+    """The authors' result files below a folder, in order; of one `type` (`ab`, `open_ended`), or of any."""
+    return sorted(file for file in Path(folder).rglob("results_*.json") if f"_type={kind}" in file.name)
+
+
 def parse_result_name(name: str) -> dict[str, Any]:
     """The settings that a result file's name records, typed; keys that it leaves out are None.
 
@@ -76,7 +81,7 @@ def read_published(folder: str | os.PathLike[str]) -> pd.DataFrame:
     Raises:
         InputError: no result file, or one that cannot be read.
     """
-    files = sorted(Path(folder).rglob("results_*type=ab*.json"))
+    files = result_files(folder, "ab")
     if not files:
         raise InputError(f"{folder} holds no files results_*type=ab*.json; give the authors' results directory.")
     return pd.DataFrame([{**parse_result_name(file.name), **_score(file)} for file in files])
@@ -111,9 +116,7 @@ def read_published_answers(folder: str | os.PathLike[str]) -> pd.DataFrame:
     Raises:
         InputError: no result file, or one that cannot be read.
     """
-    files = sorted(
-        Path(folder).rglob("results_*type=open_ended*.json"), key=lambda file: "open_ended_scores" in file.parts
-    )
+    files = sorted(result_files(folder, "open_ended"), key=lambda file: "open_ended_scores" in file.parts)
     if not files:
         raise InputError(
             f"{folder} holds no files results_*type=open_ended*.json; give the authors' results directory."

@@ -18,8 +18,9 @@ from caa_lens.experiments.judged import JudgeResult
 from caa_lens.experiments.judges.base import Judge
 from caa_lens.experiments.judges.local import LocalJudge
 from caa_lens.experiments.report.lab import Lab
-from caa_lens.experiments.report.section import Section
+from caa_lens.experiments.report.section import NotRun, Section
 from caa_lens.experiments.report.status import OF_FINDING, Status, of_interval
+from caa_lens.experiments.rubric import rubric_for
 from caa_lens.vector_set import VectorSet
 
 SHOWN = 3
@@ -28,12 +29,17 @@ SHOWN = 3
 
 def judged_answers(lab: Lab, behaviour: str) -> Section:
     """Answers to open questions by multiplier, beside a random and a shuffled vector of the same norm, and their judged scores."""
-    study = lab.study
+    study, pairs = lab.study, lab.pairs(behaviour)
+    # Before any answer is written: neither may be lacking when they are there.
+    asked, rubric = _judge(lab), rubric_for(pairs.train)
+    questions = lab.open_questions(behaviour)[: study.questions]
+    if not questions:
+        raise NotRun(f"{behaviour} brings no open questions")
     v = lab.vector(behaviour)
     found = answers(
         lab.model,
         v,
-        lab.open_questions(behaviour),
+        questions,
         multipliers=(-1.0, 0.0, 1.0),
         # One control of each kind: writing is slow.
         others={
@@ -48,19 +54,19 @@ def judged_answers(lab: Lab, behaviour: str) -> Section:
     )
     result = judge(
         found,
-        lab.pairs(behaviour).train,
-        _judge(lab),
+        rubric,
+        asked,
         seed=study.seed,
         store=lab.work("judged", behaviour),
         progress=lab.progress,
     )
-    known = lab.pairs(behaviour).report
+    known = pairs.report
     able = judge(
         known_answers(as_free_text(known) if behaviour.startswith("ab/") else known),
-        lab.pairs(behaviour).train,
-        _judge(lab),
+        rubric,
+        asked,
         # The known sides only: a second score of every answer would be paid for too.
-        repeats=2 if _judge(lab).varies else 1,
+        repeats=2 if asked.varies else 1,
         seed=study.seed,
         store=lab.work("judged", behaviour),
         progress=lab.progress,

@@ -29,7 +29,7 @@ def zero_cost(lab: Lab) -> Section:
     """A baked vector gives the logits of one added by hooks at all positions, and costs no time; of the first behaviour."""
     behaviour = lab.study.behaviours[0]
     model, v = lab.model, lab.vector(behaviour)
-    baked, prompts = bake(model, v), lab.open_questions(behaviour)[:4]
+    baked, prompts = bake(model, v), lab.prompts(behaviour, 4)
     worst, share = _apart(model, baked, v, prompts)
 
     def hooked() -> None:

@@ -73,7 +73,7 @@ def _difference(lab: Lab, v: SteeringVector, pairs: PairSet) -> Estimate:
 
 def lens(lab: Lab, behaviour: str) -> Section:
     """The likeliest next token by layer with and without steering, and the tokens that the vector itself makes likelier."""
-    model, v, question = lab.model, lab.vector(behaviour), lab.open_questions(behaviour)[0]
+    model, v, question = lab.model, lab.vector(behaviour), lab.prompts(behaviour, 1)[0]
     direct = logit_attribution(model, v, question).top_tokens(8)
     rows, figures = [], {}
     for multiplier in (-1.0, 0.0, 1.0):

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from caa_lens.experiments.grid import BRANCH_TOKENS
+from caa_lens.experiments.report.checks import check_layer
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.study import Study
 from caa_lens.models import Model, describe, device_of, pad, run, tokenizer_of
@@ -25,7 +26,12 @@ CALIBRATION = (8, 96)
 
 
 def estimate(study: Study, out: str | os.PathLike[str], model: Model) -> pd.DataFrame:
-    """One row a claim of the study: `claim`, `thousand_tokens`, `minutes`, at the speed of this model and machine now."""
+    """One row a claim of the study: `claim`, `thousand_tokens`, `minutes`, at the speed of this model and machine now.
+
+    Raises:
+        InputError: the model has no such layer.
+    """
+    check_layer(study, describe(model).n_layers)
     lab, speed = Lab(study, Path(out), model=model, progress=False), tokens_per_second(model)
     costs = dict.fromkeys(study.claims, 0.0)
     for name in study.behaviours:

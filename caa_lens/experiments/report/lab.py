@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from caa_lens.errors import MissingError
+from caa_lens.errors import InputError, MissingError
 from caa_lens.experiments.report.section import NotRun
 from caa_lens.experiments.report.study import Study
 from caa_lens.experiments.result import SweepResult
@@ -111,13 +111,15 @@ class Lab:
         )
 
     def open_questions(self, behaviour: str) -> list[str]:
-        """Prompts to generate from."""
+        """All open questions that a behaviour brings."""
         if self.study.data is not None:
             file = Path(self.study.data) / f"test/{self._authors(behaviour)}/test_dataset_open_ended.json"
-            found = [item["question"] for item in json.loads(file.read_text(encoding="utf-8"))]
-        else:
-            found = list(load_pairs(behaviour).open_prompts)
-        return found[: self.study.questions]
+            return _questions(file)
+        return list(load_pairs(behaviour).open_prompts)
+
+    def prompts(self, behaviour: str, n: int) -> list[str]:
+        """A few prompts that no vector was made from, however many questions the study asks: open ones, else of held-out pairs."""
+        return self.open_questions(behaviour)[:n] or [pair.prompt for pair in self.pairs(behaviour).report[:n]]
 
     def systems(self, behaviour: str) -> dict[str, str | None]:
         """No system prompt, one for the behaviour and one against it."""
@@ -230,3 +232,13 @@ class Lab:
         if len(self.study.behaviours) < needed:
             raise NotRun(f"{what} needs {needed} behaviours, the study has {len(self.study.behaviours)}")
         return {name: self.vectors(name) for name in self.study.behaviours}
+
+
+def _questions(file: Path) -> list[str]:
+    """The authors' open questions; none where there is no such file."""
+    if not file.exists():
+        return []
+    try:
+        return [str(item["question"]) for item in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is no list of objects with the key 'question' ({error!r}).") from error

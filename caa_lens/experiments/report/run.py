@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from caa_lens.errors import CaaLensError
+from caa_lens.experiments.report.checks import check_layer
 from caa_lens.experiments.report.claims import CLAIMS, Claim
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.page import write_page
@@ -46,13 +47,14 @@ def reproduce(
         The path of `report.html`.
 
     Raises:
-        InputError: the folder holds another study.
+        InputError: the folder holds another study, or the model has no such layer.
         MissingError: there is no such model. What a section lacks stops nothing: it is "not run", and tried again by the next call.
     """
     folder = Path(out)
     on_main(lambda: _sign(folder, study))
     lab = Lab(study, folder, model=model, progress=progress)
     info = describe(lab.model)  # without the model itself there is no section to run
+    check_layer(study, info.n_layers)
     for claim, behaviour, place in plan(study, folder):
         if on_main(lambda place=place: is_done(place)):  # type: ignore[misc]
             continue

@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from caa_lens.errors import InputError, MissingError
+from caa_lens.experiments.report.checks import check_kind, check_settings
 from caa_lens.files import digest
 from caa_lens.sources import behaviours as built_in
 
@@ -86,25 +87,11 @@ class Study:
 
     def __post_init__(self) -> None:
         for name, allowed in get_type_hints(type(self)).items():
-            _check_kind(name, getattr(self, name), allowed)
+            check_kind(name, getattr(self, name), allowed)
         unknown = set(self.claims) - set(CLAIMS)
         if unknown or not self.claims:
             raise InputError(f"claims={list(self.claims)}: allowed are numbers from 1 to {CLAIMS[-1]}, at least one.")
-        if self.held_out < 4:
-            raise InputError(
-                f"held_out={self.held_out}: half of them choose a layer and half report it; give at least 4."
-            )
-        if not 1 <= self.shuffles <= 3:
-            raise InputError(f"shuffles={self.shuffles}: vectors carry 3 of shuffled labels; give 1 to 3.")
-        for name in ("layer_step", "max_new_tokens", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1.")
-        if not {-1.0, 0.0, 1.0} <= set(map(float, self.multipliers)):
-            raise InputError(f"multipliers={list(self.multipliers)} must hold -1, 0 and 1; further ones are welcome.")
-        for name in ("data", "published"):
-            folder = getattr(self, name)
-            if folder is not None and not Path(folder).is_dir():
-                raise MissingError(f"{name}={folder!r} is no folder; give the path of the authors' files.")
+        check_settings(self)
         object.__setattr__(self, "behaviours", self._named_behaviours())
         if self.finetune == ("none",):
             object.__setattr__(self, "finetune", ())
@@ -138,24 +125,6 @@ class Study:
         return digest({name: value for name, value in asdict(self).items() if name not in free})[:16]
 
 
-def _check_kind(name: str, value: Any, allowed: Any) -> None:
-    wanted = str(allowed)
-    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-    inner = next(kind for kind in kinds if kind in wanted)
-
-    def fits(each: Any) -> bool:
-        return isinstance(each, kinds[inner]) and (inner == "bool" or not isinstance(each, bool))
-
-    fine = (value is None and "None" in wanted) or (
-        all(map(fits, value))
-        if "tuple" in wanted and isinstance(value, tuple)
-        else "tuple" not in wanted and fits(value)
-    )
-    if not fine:
-        many = "a list of " if "tuple" in wanted else ""
-        raise InputError(f"{name}: {value!r} is not {many}{inner}; see the presets for the form of a study.")
-
-
 def presets() -> tuple[str, ...]:
     """Names of the studies that come with the package."""
     folder = resources.files("caa_lens.experiments.report") / "presets"
@@ -181,7 +150,7 @@ def load_study(source: str | os.PathLike[str], **changes: Any) -> Study:
     if str(source) in presets():
         text = (resources.files("caa_lens.experiments.report") / "presets" / f"{source}.yaml").read_text("utf-8")
     elif Path(source).is_file():
-        text = Path(source).read_text(encoding="utf-8")
+        text = _utf8(Path(source))
     else:
         raise MissingError(f"no study {str(source)!r}: it is neither a file nor one of {', '.join(presets())}.")
     try:
@@ -189,6 +158,13 @@ def load_study(source: str | os.PathLike[str], **changes: Any) -> Study:
     except yaml.YAMLError as error:
         raise InputError(f"{source} is not valid YAML ({error}).") from error
     return study_from(found, f"{source}", **changes)
+
+
+def _utf8(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text ({error}); save it as UTF-8.") from error
 
 
 def study_from(settings: Any, origin: str, **changes: Any) -> Study:
