@@ -5,11 +5,11 @@ import sys
 from dataclasses import replace
 
 import pytest
-from conftest import tiny_llama
+from conftest import fixture_path, tiny_llama
 
 import caa_lens as caa
 from caa_lens.cli import main
-from caa_lens.experiments.report import Study, claim_answers, claim_cost, estimate, load_study, reproduce
+from caa_lens.experiments.report import Study, claim_answers, claim_cost, estimate, load_study, reproduce, write_page
 from caa_lens.experiments.report import lab as labs
 from caa_lens.experiments.report.section import read_section
 
@@ -163,3 +163,49 @@ def test_claims_that_need_a_prompt_have_one_without_open_questions(small, tmp_pa
     lab = labs.Lab(study, tmp_path)
     monkeypatch.setattr(labs.Lab, "open_questions", lambda lab, behaviour: [])
     assert lab.prompts("formality", 3) == [pair.prompt for pair in lab.pairs("formality").report[:3]]
+
+
+def test_sections_of_all_behaviours_are_made_again_when_one_is_added(small, tmp_path):
+    two = replace(small, behaviours=("formality", "sentiment"), claims=(6, 10))
+    quietly(two, tmp_path)
+    said, found = quietly(replace(two, behaviours=("formality", "sentiment", "refusal")), tmp_path)
+    assert [line for line in said if "all behaviours" in line] == [
+        "claim 6, Geometry: all behaviours",
+        "claim 10, Generalisation: all behaviours",
+    ]
+    assert set(found["06-all"].tables["cosines"]["behaviour"]) == {"formality", "sentiment", "refusal"}
+    assert set(found["10-all"].tables["transfer"]["source"]) == {"formality", "sentiment", "refusal"}
+    assert found["10-all"].made_from == ("formality", "sentiment", "refusal")
+    # Fewer than a section was made from need nothing; others that it cannot be made from leave it.
+    assert quietly(two, tmp_path)[0] == []
+    other, kept = quietly(replace(two, behaviours=("ab/refusal",), claims=(10,)), tmp_path)
+    assert len(other) == 1
+    assert kept["10-all"].made_from == found["10-all"].made_from
+    assert kept["10-all"].status == found["10-all"].status != "not run"
+
+
+def test_a_narrower_run_hides_nothing(small, tmp_path):
+    quietly(replace(small, claims=(7, 9)), tmp_path)
+    quietly(replace(small, behaviours=("sentiment",), claims=(9,)), tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<section id="s-(.*?)">', page)
+    assert shown == ["7-formality", "9-formality", "9-sentiment"]
+    assert re.findall(r'<h2 id="claim-(\d+)"', page) == ["7", "9"]
+    assert "<dt>behaviours</dt><dd>formality, sentiment</dd>" in page
+    assert "<dt>claims</dt><dd>7, 9</dd>" in page
+    (tmp_path / "sections" / "09-sentiment" / "section.json").unlink()
+    page = write_page(tmp_path).read_text(encoding="utf-8")
+    assert "<th>sentiment</th>" not in page
+
+
+def test_what_makes_a_study_another_one(small, tmp_path, monkeypatch):
+    more = ("formality", "sentiment")
+    assert replace(small, behaviours=more).signature == small.signature
+    assert replace(small, finetune=("formality",)).signature == small.signature
+    normed = replace(small, normalize=True)
+    assert replace(normed, behaviours=more).signature != normed.signature
+    folder = fixture_path("caa/datasets")
+    spelled = [replace(small, data=name, behaviours=("all",)) for name in (str(folder), f"{folder}/../datasets")]
+    monkeypatch.chdir(folder)
+    spelled.append(replace(small, data=".", behaviours=("all",)))
+    assert len({study.signature for study in spelled}) == 1

@@ -12,6 +12,7 @@ from caa_lens.experiments.generalisation import transfer
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.section import Section
 from caa_lens.experiments.report.status import Status, of_interval, together
+from caa_lens.files import digest
 from caa_lens.pairs import PairSet
 
 
@@ -35,7 +36,7 @@ def generalises(lab: Lab) -> Section:
         controls=1,
         batch_size=study.batch_size,
         seed=study.seed,
-        store=lab.work("generalisation"),
+        store=lab.work("generalisation", digest(list(vectors))[:12]),  # of these behaviours only
         progress=lab.progress,
     )
     table = result.to_pandas()

@@ -32,6 +32,7 @@ class Claim:
         each: examines it for one behaviour.
         all_together: examines it for all of them.
         concerns: whether a behaviour of a study is examined.
+        of: the behaviours that the section of all together is made from.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Claim:
     each: Callable[[Lab, str], Section] | None = None
     all_together: Callable[[Lab], Section] | None = None
     concerns: Callable[[Study, str], bool] = lambda study, behaviour: True
+    of: Callable[[Study], tuple[str, ...]] = lambda study: study.behaviours
 
 
 CLAIMS = (
@@ -77,6 +79,7 @@ CLAIMS = (
         "effect on top of it lies above zero), and the vector alone, on the model as it is, beyond every control of the same norm.",
         prompting_baselines,
         fine_tuning,
+        of=lambda study: study.finetune,
     ),
     Claim(
         5,
@@ -109,6 +112,7 @@ CLAIMS = (
         "A vector added at all positions is a bias: it can be baked into the weights and then costs nothing.",
         "the logits of the baked and of the hooked model are equal, to rounding. Seconds are described; they decide nothing.",
         all_together=zero_cost,
+        of=lambda study: study.behaviours[:1],
     ),
     Claim(
         9,

@@ -38,7 +38,9 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
         for place in sorted((folder / "sections").glob("*"))
         if (place / "section.json").exists()
     }
-    names = {name.replace("/", "-"): name for name in study["behaviours"]}
+    present = {place[3:] for place in found}
+    names = {short: name for name in study["behaviours"] if (short := name.replace("/", "-")) in present}
+    study["behaviours"] = list(names.values())
     claims = []
     for claim in CLAIMS:
         own = {place[3:]: section for place, section in found.items() if place.startswith(f"{claim.number:02d}-")}
@@ -81,7 +83,7 @@ def _shown(section: Section) -> dict[str, Any]:
         "figures": figures,
         "tables": {name.replace("_", " "): _table(table) for name, table in section.tables.items()},
         "html": section.html,
-        "notes": section.notes,
+        "notes": (*section.notes, *([f"Made from {', '.join(section.made_from)}."] if section.made_from else [])),
     }
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from caa_lens.experiments.report.claims import CLAIMS, Claim
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.page import write_page
 from caa_lens.experiments.report.section import Section, read_section, save_section
-from caa_lens.experiments.report.study import Study
+from caa_lens.experiments.report.study import EXTENDED, Study
 from caa_lens.files import claim_folder, is_claimed, write_json
 from caa_lens.models import Model, describe
 from caa_lens.workers import is_main, on_main
@@ -56,20 +56,23 @@ def reproduce(
     info = describe(lab.model)  # without the model itself there is no section to run
     check_layer(study, info.n_layers)
     for claim, behaviour, place in plan(study, folder):
-        if on_main(lambda place=place: is_done(place)):  # type: ignore[misc]
+        needed = claim.of(study) if behaviour is None else ()
+        if on_main(lambda place=place, needed=needed: is_done(place, needed)):  # type: ignore[misc]
             continue
         if is_main():
             say(f"claim {claim.number}, {claim.title}: {behaviour or 'all behaviours'}")
         started = time.perf_counter()
         section = _examine(lab, claim, behaviour)
         if is_main():
-            _keep(folder, place, section, time.perf_counter() - started)
+            _keep(folder, place, replace(section, made_from=needed), time.perf_counter() - started)
     about = {"model": info.name, "revision": info.revision, "layers": info.n_layers, "d_model": info.d_model}
     return on_main(lambda: _publish(folder, about))
 
 
 def _keep(folder: Path, place: Path, section: Section, seconds: float) -> None:
-    if place.exists():  # it could not be run before
+    if place.exists():
+        if section.status == "not run" and is_done(place):
+            return  # made from other behaviours, and of more use than why it cannot be made from these
         shutil.rmtree(place)
     save_section(place, section)
     with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -98,9 +101,12 @@ def section_folder(folder: Path, claim: Claim, behaviour: str | None) -> Path:
     return folder / "sections" / f"{claim.number:02d}-{(behaviour or 'all').replace('/', '-')}"
 
 
-def is_done(place: Path) -> bool:
-    """Whether a section was run; one for which something was missing is tried again."""
-    return (place / "section.json").exists() and read_section(place).status != "not run"
+def is_done(place: Path, needed: tuple[str, ...] = ()) -> bool:
+    """Whether a section was run, from the behaviours needed at least; one for which something was missing is tried again."""
+    if not (place / "section.json").exists():
+        return False
+    found = read_section(place)
+    return found.status != "not run" and set(needed) <= set(found.made_from)
 
 
 def _examine(lab: Lab, claim: Claim, behaviour: str | None) -> Section:
@@ -122,7 +128,11 @@ def _sign(folder: Path, study: Study) -> None:
         InputError: it is another's.
     """
     file = folder / "study.json"
-    is_claimed(file, study.signature, "study")  # refuses another's
+    settings = asdict(study)
+    if is_claimed(file, study.signature, "study"):  # refuses another's
+        before = json.loads(file.read_text(encoding="utf-8"))["study"]
+        # What an earlier call examined stays in the report.
+        settings |= {name: list(dict.fromkeys([*before[name], *settings[name]])) for name in EXTENDED}
     # Written again where the study goes on: it records the versions that it goes on with.
-    about = {"study": asdict(study), "versions": {name: version(name) for name in VERSIONS}}
+    about = {"study": settings, "versions": {name: version(name) for name in VERSIONS}}
     claim_folder(file, study.signature, about)

@@ -38,6 +38,7 @@ class Section:
         figures: by name: matplotlib figures, or the paths of saved ones.
         html: further content, already escaped, by caption.
         notes: what a reader must know to read the figures.
+        made_from: of all behaviours together: those that it was made from.
     """
 
     status: Status
@@ -46,6 +47,7 @@ class Section:
     figures: Mapping[str, Figure | Path] = field(default_factory=dict)
     html: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    made_from: tuple[str, ...] = ()
 
 
 def save_section(folder: Path, section: Section) -> None:
@@ -69,6 +71,7 @@ def save_section(folder: Path, section: Section) -> None:
             "figures": list(section.figures),
             "html": dict(section.html),
             "notes": section.notes,
+            "made_from": section.made_from,
         }
         (temporary / "section.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -92,4 +95,5 @@ def read_section(folder: Path) -> Section:
         {name: folder / f"{name}.png" for name in about["figures"]},
         about["html"],
         tuple(about["notes"]),
+        tuple(about["made_from"]),
     )

@@ -21,6 +21,8 @@ from caa_lens.files import digest
 from caa_lens.sources import behaviours as built_in
 
 CLAIMS = tuple(range(1, 11))
+EXTENDED = ("behaviours", "claims", "finetune")
+"""What a further run in a study's folder may ask for beside what is there."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,14 @@ class Study:
 
     @property
     def signature(self) -> str:
-        """A digest of everything that changes the numbers, in which two runs of one study agree."""
-        free = {"claims", "published", "batch_size", "behaviours"}
-        return digest({name: value for name, value in asdict(self).items() if name not in free})[:16]
+        """A digest of everything that changes the numbers of a section, in which two runs of one study agree."""
+        free = {*EXTENDED, "published", "batch_size"}
+        if self.normalize:  # every vector's norm is then of all behaviours
+            free.remove("behaviours")
+        settings = {name: value for name, value in asdict(self).items() if name not in free}
+        if self.data is not None:
+            settings["data"] = str(Path(self.data).resolve())
+        return digest(settings)[:16]
 
 
 def presets() -> tuple[str, ...]:
