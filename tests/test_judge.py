@@ -329,6 +329,34 @@ def test_what_no_further_request_can_mend_stops_at_once(serve, act, message):
     assert "the-key" not in str(caught.value)
 
 
+TOO_LONG = {"error": {"message": "This model has a maximum context length", "code": "context_length_exceeded"}}
+BAD_REQUEST = {"error": {"message": "cannot take this"}}
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+@pytest.mark.parametrize("body", [TOO_LONG, BAD_REQUEST])
+def test_one_text_that_is_never_taken_is_counted_and_stops_nothing(serve, tmp_path, bad, body):
+    server = serve(lambda text, attempt: Act(status=400, body=body) if text in taken else stated(text))
+    answers, taken = said(3), set()
+    judge(answers, RUBRIC, asking(server, concurrency=1), progress=False)
+    taken.add(server.texts[bad])  # the first request of all, or one when others were answered
+    result = judge(answers, RUBRIC, asking(server, concurrency=1), store=tmp_path, progress=False)
+    assert sorted(result.items["status"]) == ["malformed", *["scored"] * 8]
+    assert result.items["score"].isna().sum() == 1
+    assert "1 malformed" in result.verdict()
+    judge(answers, RUBRIC, asking(server, concurrency=1), store=tmp_path, progress=False)
+    assert len(server.requests) == 18  # it is not asked again
+
+
+def test_a_request_that_is_never_taken_ends_the_run(serve, tmp_path):
+    server = serve(lambda text, attempt: Act(status=400, body=BAD_REQUEST))
+    for n_items in (8, 1):  # more texts than it tries, and fewer
+        with pytest.raises(caa.EndpointError, match=r"does not take the request .*cannot take this"):
+            judge(said(n_items), RUBRIC, asking(server, concurrency=2), store=tmp_path, progress=False)
+    assert len(server.requests) <= 6 + 3
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_key_is_written_nowhere(serve, tmp_path):
     asked = asking(serve(stated), api_key="the-key")
     result = judge(said(1), RUBRIC, asked, store=tmp_path, progress=False)

@@ -2,10 +2,12 @@
 
 import re
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
 from conftest import fixture_path, tiny_llama
+from judge_server import Act, Endpoint
 
 import caa_lens as caa
 from caa_lens.cli import main
@@ -44,6 +46,23 @@ def no_access(monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def endpoint():
+    """Starts an endpoint, and ends it."""
+    started = []
+
+    def start(reply):
+        server = Endpoint(reply)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
 
 
 def quietly(study, folder):
@@ -209,3 +228,29 @@ def test_what_makes_a_study_another_one(small, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     spelled.append(replace(small, data=".", behaviours=("all",)))
     assert len({study.signature for study in spelled}) == 1
+
+
+def test_judgements_that_failed_are_asked_for_again(small, endpoint, tmp_path, monkeypatch):
+    broken = []
+
+    def reply(text, attempt):
+        broken[:] = broken or [text]
+        return Act(status=500, body={}) if [text] == broken else Act("7")
+
+    server = endpoint(reply)
+    asked = caa.OpenAIJudge("m", base_url=server.url, retries=0, backoff=0, concurrency=1)
+    monkeypatch.setattr(claim_answers, "judge_from", lambda spec: asked)
+    study = replace(small, claims=(3,), judge="openai:m")
+    with pytest.warns(caa.CaaLensWarning, match="could not be judged"):
+        _, found = quietly(study, tmp_path)
+    first = found["03-formality"]
+    assert first.status != "not run"
+    assert (first.tables["judged_items"]["status"] == "failed").sum() > 0
+    assert any("judgements failed" in note for note in first.notes)
+    before, broken[:] = len(server.requests), ["nothing"]
+    said, found = quietly(study, tmp_path)
+    assert len(said) == 1
+    assert len(server.requests) == before + 1
+    assert set(found["03-formality"].tables["judged_items"]["status"]) == {"scored"}
+    assert not any("failed" in note for note in found["03-formality"].notes)
+    assert quietly(study, tmp_path)[0] == []

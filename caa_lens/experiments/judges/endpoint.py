@@ -4,15 +4,14 @@ A request is repeated after a time-out, a dropped connection, a reply that is cu
 
     wait before attempt k + 1 = max(Retry-After, backoff 2^k u),   u uniform in [0.5, 1.5]
 
-A `Retry-After` holds back every request, not only the one that was told. A reply counts as a score only if it is a number from 0 to
-10 and nothing else (`7`, `7.5`, `Score: 7`, `7/10`); a refusal or anything else is recorded as such.
+A `Retry-After` holds back every request, not only the one that was told. A text that is not taken (400, 413, 422) is recorded as
+malformed once another text was answered; until then it may be the request that is wrong, whatever the text.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,8 @@ from typing import Any
 
 from caa_lens.errors import EndpointError, InputError, MissingError
 from caa_lens.experiments.judges.base import Case, Judgement
-from caa_lens.experiments.rubric import HIGHEST, Rubric
+from caa_lens.experiments.judges.replies import read_reply
+from caa_lens.experiments.rubric import Rubric
 
 INSTRUCTION = (
     "You rate answers by a rubric, on a scale from 0 to 10. You are given the rubric, a question, and the answer that was given to "
@@ -34,35 +34,14 @@ INSTRUCTION = (
 FORM = "{rubric}\n\n<question>\n{question}\n</question>\n\n<answer>\n{answer}\n</answer>\n\nYour score, from 0 to 10:"
 FILTERED = ("content_filter", "content_policy_violation")
 """Error codes of endpoints that will not have a text judged."""
+TOO_LONG = ("context_length_exceeded", "string_above_max_length")
+"""Error codes of endpoints that cannot take a text, whatever else they can."""
+NOT_TAKEN = (400, 413, 422)
+"""Status codes that may be of the one text, or of every request."""
+TAKES_NOTHING_AFTER = 5
+"""Texts not taken, with none answered, after which the endpoint counts as taking no request."""
 DEAD_AFTER = 2
 """Texts in a row that all attempts failed for, after which the endpoint counts as dead."""
-
-_MARKS = r"[\s*_`\"'()\[\]]*"
-_SCORE = re.compile(
-    rf"{_MARKS}(?:(?:the\s+|my\s+)?(?:score|rating){_MARKS}(?:is|of)?{_MARKS}[:=]?{_MARKS})?"
-    rf"([0-9]{{1,2}}(?:\.[0-9]+)?)(?:\s*(?:/|out\s+of)\s*10)?\.?{_MARKS}",
-    re.IGNORECASE,
-)
-_REFUSAL = re.compile(
-    r"\W*(?:(?:i\W?m|i am) (?:sorry|unable|not able)|i (?:can ?not|can\W?t|won\W?t|will not|must decline|decline)"
-    r"|sorry|unfortunately|as an ai)\b",
-    re.IGNORECASE,
-)
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
-
-
-def read_reply(reply: str) -> Judgement:
-    """The judgement that a judge's words hold.
-
-    Example:
-        >>> read_reply("Score: 7/10").score, read_reply("I cannot rate this.").status, read_reply("7 or 8").status
-        (7.0, 'refused', 'malformed')
-    """
-    said = _THOUGHTS.sub("", reply)
-    found = _SCORE.fullmatch(said)
-    if found and float(found[1]) <= HIGHEST:
-        return Judgement("scored", float(found[1]), reply)
-    return Judgement("refused" if _REFUSAL.match(said) else "malformed", None, reply)
 
 
 @dataclass(frozen=True)
@@ -150,6 +129,8 @@ class OpenAIJudge:
                 run.stopped.set()
                 pool.shutdown(cancel_futures=True)
         if cases and not run.answered:
+            if run.aside:
+                raise run._takes_nothing(run.last)
             raise EndpointError(f"{self.name} answered no request; the last: {run.last}.")
 
 
@@ -169,6 +150,10 @@ class _Transient(Exception):
         self.after = after
 
 
+class _NotTaken(Exception):
+    """A text that the endpoint does not take, unless it takes none."""
+
+
 class _Run:
     """One call's requests: when the next may be sent, and whether the endpoint is alive."""
 
@@ -180,6 +165,7 @@ class _Run:
         self.not_before = 0.0
         self.answered = self.failures = 0
         self.last = ""
+        self.aside: list[tuple[int, str]] = []  # texts not taken, while none was answered
 
     def judge(self, index: int, case: Case) -> None:
         """Judges a case, however many attempts it takes, unless the run is stopped.
@@ -201,9 +187,13 @@ class _Run:
                     wait = self.of.backoff * 2**attempt * random.uniform(0.5, 1.5)
                     self.stopped.wait(min(max(error.after, wait), self.of.longest_wait))
                 continue
+            except _NotTaken as error:
+                self._set_aside(index, str(error))
+                return
             self.record(index, judgement)
             with self.lock:
                 self.answered, self.failures = self.answered + 1, 0
+            self._settle_aside()
             return
         self.record(index, Judgement("failed", None, self.last))
         with self.lock:
@@ -213,6 +203,33 @@ class _Run:
                 f"{self.of.name} has stopped answering: {self.of.retries + 1} attempts each for {DEAD_AFTER} texts in a row "
                 f"failed, the last with: {self.last}."
             )
+
+    def _set_aside(self, index: int, said: str) -> None:
+        """Keeps a text that was not taken until it is known whether any is.
+
+        Raises:
+            EndpointError: none is.
+        """
+        with self.lock:
+            self.aside.append((index, said))
+            self.last = said
+            hopeless = not self.answered and len(self.aside) >= TAKES_NOTHING_AFTER
+        if hopeless:
+            self.stopped.set()
+            raise self._takes_nothing(said)
+        self._settle_aside()
+
+    def _settle_aside(self) -> None:
+        """Records what was set aside as malformed, once a request was answered."""
+        with self.lock:
+            settled, self.aside = (self.aside, []) if self.answered else ([], self.aside)
+        for index, said in settled:
+            self.record(index, Judgement("malformed", None, said))
+
+    def _takes_nothing(self, said: str) -> EndpointError:
+        return EndpointError(
+            f"{self.of.name} does not take the request ({said}); check the model's name, base_url= and extra=."
+        )
 
     def _hold(self, seconds: float) -> None:
         """Keeps every request back for so long."""
@@ -248,15 +265,17 @@ class _Run:
         return Judgement("refused", None, refusal or said) if declined else read_reply(said)
 
     def _refused(self, error: Any) -> Judgement:
-        """What a status code says: this text is refused, try again, or no request will do.
+        """What a status code says: this text is refused or too long, is not taken, try again, or no request will do.
 
         Raises:
-            _Transient, EndpointError: the latter two.
+            _NotTaken, _Transient, EndpointError: the latter three.
         """
         status, code = error.status_code, getattr(error, "code", None)
         said = str(error).replace(self.client.api_key, "[key]")[:300]
         if code in FILTERED:
             return Judgement("refused", None, said)
+        if code in TOO_LONG:
+            return Judgement("malformed", None, said)
         if status in (401, 403):
             # The endpoint's own words may hold the key.
             raise EndpointError(
@@ -266,9 +285,9 @@ class _Run:
             raise EndpointError(f"{self.of.name} has no quota left for this key ({said}).")
         if status in (408, 409, 429) or status >= 500:
             raise _Transient(said, _retry_after(error.response.headers.get("retry-after")))
-        raise EndpointError(
-            f"{self.of.name} does not take the request ({said}); check the model's name, base_url= and extra=."
-        )
+        if status in NOT_TAKEN:
+            raise _NotTaken(said)
+        raise self._takes_nothing(said)
 
 
 def _retry_after(header: str | None) -> float:

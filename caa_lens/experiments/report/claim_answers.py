@@ -71,6 +71,7 @@ def judged_answers(lab: Lab, behaviour: str) -> Section:
         store=lab.work("judged", behaviour),
         progress=lab.progress,
     )
+    failed = sum(int((each.items["status"] == "failed").sum()) for each in (result, able))
     tables = {
         "judged_scores": result.to_pandas(),
         "judged_effects": result.effects(),
@@ -84,7 +85,15 @@ def judged_answers(lab: Lab, behaviour: str) -> Section:
         "\n".join([words, *_agreement(able), _fluency(found)]),
         tables,
         {"judged_scores": result.plot()},
-        notes=(f"Judge: {result.judge}; it sees question and answer only.",),
+        notes=(
+            f"Judge: {result.judge}; it sees question and answer only.",
+            *(
+                [f"{failed} judgements failed and are left out; the study, run again, asks for them again."]
+                if failed
+                else []
+            ),
+        ),
+        complete=not failed,
     )
 
 

@@ -71,8 +71,8 @@ def reproduce(
 
 def _keep(folder: Path, place: Path, section: Section, seconds: float) -> None:
     if place.exists():
-        if section.status == "not run" and is_done(place):
-            return  # made from other behaviours, and of more use than why it cannot be made from these
+        if section.status == "not run" and read_section(place).status != "not run":
+            return  # what is there, of other behaviours or with gaps, is of more use than why it cannot be made now
         shutil.rmtree(place)
     save_section(place, section)
     with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -102,11 +102,11 @@ def section_folder(folder: Path, claim: Claim, behaviour: str | None) -> Path:
 
 
 def is_done(place: Path, needed: tuple[str, ...] = ()) -> bool:
-    """Whether a section was run, from the behaviours needed at least; one for which something was missing is tried again."""
+    """Whether a section was run, whole and from the behaviours needed at least; otherwise it is tried again."""
     if not (place / "section.json").exists():
         return False
     found = read_section(place)
-    return found.status != "not run" and set(needed) <= set(found.made_from)
+    return found.status != "not run" and found.complete and set(needed) <= set(found.made_from)
 
 
 def _examine(lab: Lab, claim: Claim, behaviour: str | None) -> Section:

@@ -38,6 +38,7 @@ class Section:
         figures: by name: matplotlib figures, or the paths of saved ones.
         html: further content, already escaped, by caption.
         notes: what a reader must know to read the figures.
+        complete: whether nothing failed that a further call may give; what is not complete is made again.
         made_from: of all behaviours together: those that it was made from.
     """
 
@@ -47,6 +48,7 @@ class Section:
     figures: Mapping[str, Figure | Path] = field(default_factory=dict)
     html: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    complete: bool = True
     made_from: tuple[str, ...] = ()
 
 
@@ -71,6 +73,7 @@ def save_section(folder: Path, section: Section) -> None:
             "figures": list(section.figures),
             "html": dict(section.html),
             "notes": section.notes,
+            "complete": section.complete,
             "made_from": section.made_from,
         }
         (temporary / "section.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -95,5 +98,6 @@ def read_section(folder: Path) -> Section:
         {name: folder / f"{name}.png" for name in about["figures"]},
         about["html"],
         tuple(about["notes"]),
+        about["complete"],
         tuple(about["made_from"]),
     )
