@@ -182,7 +182,7 @@ def reproduce(arguments: Any) -> None:
     changed = {name: getattr(arguments, name) for name in STUDY_OPTIONS}
     study = study_of(arguments.study, arguments.model, **changed)
     arguments.model, arguments.dtype = study.model, study.dtype
-    arguments.kind, arguments.device = study.kind, study.device
+    arguments.kind, arguments.device, arguments.quantization = study.kind, study.device, study.quantization
     model = _load(arguments)
     console.print(_estimate_table(estimate(study, arguments.out, model), memory(model)))
     if not arguments.estimate:
@@ -191,7 +191,7 @@ def reproduce(arguments: Any) -> None:
 
 
 STUDY_OPTIONS = (
-    "behaviours", "claims", "kind", "dtype", "device", "data", "published", "judge", "layer", "base", "finetune"
+    "behaviours", "claims", "kind", "dtype", "device", "quantization", "data", "published", "judge", "layer", "base", "finetune"
 )  # fmt: skip
 
 

@@ -125,6 +125,7 @@ def test_a_part_of_a_preset_tunes_on_that_part(small, tmp_path, capsys):
 REFUSED = {
     "judge": ("banana", "openai:", "local: "),
     "method": ("qlora",),
+    "quantization": ("3bit",),
     "kind": ("tuned-lens",),
     "dtype": ("float31",),
     "controls": (-1,),
@@ -254,3 +255,35 @@ def test_judgements_that_failed_are_asked_for_again(small, endpoint, tmp_path, m
     assert set(found["03-formality"].tables["judged_items"]["status"]) == {"scored"}
     assert not any("failed" in note for note in found["03-formality"].notes)
     assert quietly(study, tmp_path)[0] == []
+
+
+def test_quantisation_is_a_setting_of_every_model_that_a_study_loads(small, tmp_path, monkeypatch):
+    asked, load = [], labs.load_model
+
+    def loading(name, *, quantization, **options):
+        asked.append((str(name), quantization))
+        return load(name, **options)
+
+    monkeypatch.setattr(labs, "load_model", loading)
+    study = replace(small, quantization="4bit", base=small.model + "/../tiny", claims=(4, 6), finetune=("formality",))
+    study = replace(study, behaviours=("formality", "sentiment"), method="full")
+    assert study.signature != replace(study, quantization=None).signature
+    quietly(study, tmp_path)
+    assert [quantization for _, quantization in asked] == ["4bit"] * 4
+    assert len({name for name, _ in asked}) == 4  # the model, its base, and one tuned in either direction
+    assert "<dt>quantization</dt><dd>4bit</dd>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_command_loads_what_the_study_says(small, tmp_path, monkeypatch):
+    given, load = [], caa.load_model
+
+    def loading(name, *, quantization, **options):
+        given.append(quantization)
+        return load(name, **options)
+
+    monkeypatch.setattr(caa, "load_model", loading)
+    file = tmp_path / "own.yaml"
+    file.write_text(f"model: {small.model}\nkind: bridge\nquantization: 8bit\nbehaviours: [formality]")
+    command = ["reproduce", "--study", str(file), "--claims", "9", "--out", str(tmp_path / "s"), "--estimate"]
+    assert main(command) == main([*command, "--quantization", "4bit"]) == 0
+    assert given == ["8bit", "4bit"]

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from caa_lens.experiments.rubric import Rubric
 
 Status = Literal["scored", "refused", "malformed", "failed"]
-"""`refused`: the judge declined; `malformed`: its reply is no score; `failed`: the service gave no reply, so it is asked again by
-the next call."""
+"""`refused`: the judge declined; `malformed`: its reply is no score, or the service never takes this text; `failed`: the service
+gave no reply, so it is asked again by the next call."""
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from caa_lens.errors import InputError, MissingError
 from caa_lens.experiments.finetuning import CHOICES
 from caa_lens.experiments.judge import parse_judge
 from caa_lens.experiments.published import result_files
-from caa_lens.models.checkpoints import as_dtype
+from caa_lens.models.checkpoints import Quantization, as_dtype
 
 if TYPE_CHECKING:
     from caa_lens.experiments.report.study import Study
@@ -34,7 +34,11 @@ LEAST = {
 """The smallest value of each number."""
 MOST_SHUFFLES = 3
 """As many as `extract` makes."""
-ALLOWED: dict[str, Sequence[str]] = {"kind": ("hooked", "bridge"), "method": CHOICES["method"]}
+ALLOWED: dict[str, Sequence[str]] = {
+    "kind": ("hooked", "bridge"),
+    "quantization": get_args(Quantization),
+    "method": CHOICES["method"],
+}
 
 
 def check_kind(name: str, value: Any, allowed: Any) -> None:

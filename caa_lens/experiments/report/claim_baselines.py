@@ -20,7 +20,7 @@ from caa_lens.experiments.result import SweepResult
 from caa_lens.experiments.statistics import paired_change
 from caa_lens.experiments.sweep import score
 from caa_lens.experiments.tuned import FinetuneResult
-from caa_lens.models import Model, load_model
+from caa_lens.models import Model
 from caa_lens.vector import SteeringVector
 from caa_lens.workers import alone, on_main
 
@@ -76,7 +76,7 @@ def fine_tuning(lab: Lab) -> Section:
         rows += _rows(behaviour, "base", base)
         for side in SIDES:
             tuned = on_main(lambda b=behaviour, s=side: _tuned(lab, b, s))  # type: ignore[misc]
-            model = load_model(tuned.path, kind=study.kind, dtype=study.dtype, device=study.device)  # type: ignore[arg-type]
+            model = lab.load(tuned.path)
             result = _scored(lab, behaviour, side, model, v.retarget(tuned.path.name))
             del model
             rows += _rows(behaviour, f"tuned {side}", result)

@@ -13,7 +13,6 @@ from caa_lens.experiments.report.section import NotRun, Section
 from caa_lens.experiments.report.status import PLACES, Status, capped, of_interval, reservation, together, written
 from caa_lens.extraction import extract
 from caa_lens.geometry import norms, pca, similarity
-from caa_lens.models import load_model
 from caa_lens.separation import separability
 
 
@@ -132,7 +131,7 @@ def _with_base(lab: Lab) -> pd.DataFrame:
     assert study.base is not None
     if study.base == study.model:
         raise NotRun("base and model are the same")
-    other = load_model(study.base, kind=study.kind, dtype=study.dtype, device=study.device)  # type: ignore[arg-type]
+    other = lab.load(study.base)
     for behaviour in study.behaviours:
         theirs = extract(other, lab.pairs(behaviour).train, progress=lab.progress)
         both = similarity({"model": lab.vectors(behaviour), "base": theirs}).between("model", "base")

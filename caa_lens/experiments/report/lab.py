@@ -71,8 +71,18 @@ class Lab:
     @cached_property
     def model(self) -> Model:
         """The study's model."""
+        return self.load(self.study.model)
+
+    def load(self, name: str | Path) -> Model:
+        """A model, as the study loads all of them."""
         study = self.study
-        return load_model(study.model, kind=study.kind, dtype=study.dtype, device=study.device)  # type: ignore[arg-type]
+        return load_model(
+            name,
+            kind=study.kind,  # type: ignore[arg-type]
+            dtype=study.dtype,
+            device=study.device,
+            quantization=study.quantization,  # type: ignore[arg-type]
+        )
 
     def work(self, *names: str) -> Path:
         """A folder for intermediate results, of this study's settings only."""

@@ -33,7 +33,7 @@ class Study:
         model: as in `load_model`.
         behaviours: built-in sets; with `data`, the authors' behaviours. `("all",)` is all there are.
         claims: numbers of the claims to examine; the report lists them.
-        kind, dtype, device: as in `load_model`.
+        kind, dtype, device, quantization: as in `load_model`; of every model that the study loads.
         data: the `datasets` folder of the authors' repository: their training, test, open-ended, MMLU and TruthfulQA files are used
             in place of the built-in sets.
         published: the authors' `results` folder, whose numbers are shown beside the model's.
@@ -64,6 +64,7 @@ class Study:
     kind: str | None = None
     dtype: str | None = None
     device: str | None = None
+    quantization: str | None = None
     data: str | None = None
     published: str | None = None
     base: str | None = None
