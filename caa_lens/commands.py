@@ -184,7 +184,7 @@ def reproduce(arguments: Any) -> None:
     arguments.model, arguments.dtype = study.model, study.dtype
     arguments.kind, arguments.device, arguments.quantization = study.kind, study.device, study.quantization
     model = _load(arguments)
-    console.print(_estimate_table(estimate(study, arguments.out, model), memory(model)))
+    console.print(_estimate_table(estimate(study, arguments.out, model), memory(study, model)))
     if not arguments.estimate:
         page = run_study(study, arguments.out, model=model, say=console.print)
         console.print(f"-> {page}")

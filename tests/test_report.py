@@ -336,7 +336,7 @@ def test_an_estimate_before_it_starts(study, tmp_path, capsys):
     model = caa.load_model(study.model, kind=study.kind)
     costs = estimate(study, tmp_path, model)
     assert costs["claim"].tolist() == list(study.claims)
-    assert (costs["thousand_tokens"] > 0).all()
+    assert (costs["minutes"] > 0).all()
     double = estimate(replace(study, held_out=12), tmp_path, model)
     assert double["thousand_tokens"].sum() > costs["thousand_tokens"].sum()
     options = ["--model", study.model, "--kind", study.kind, "--behaviours", "formality", "--claims", "1", "9"]

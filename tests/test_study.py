@@ -3,7 +3,9 @@
 import re
 import sys
 import threading
+import time
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 from conftest import fixture_path, tiny_llama
@@ -11,9 +13,20 @@ from judge_server import Act, Endpoint
 
 import caa_lens as caa
 from caa_lens.cli import main
-from caa_lens.experiments.report import Study, claim_answers, claim_cost, estimate, load_study, reproduce, write_page
+from caa_lens.experiments.report import (
+    Study,
+    claim_answers,
+    claim_cost,
+    estimate,
+    load_study,
+    memory,
+    reproduce,
+    write_page,
+)
 from caa_lens.experiments.report import lab as labs
 from caa_lens.experiments.report.section import read_section
+
+estimating = import_module("caa_lens.experiments.report.estimate")  # the package has a function of this name
 
 
 @pytest.fixture(scope="module")
@@ -287,3 +300,63 @@ def test_the_command_loads_what_the_study_says(small, tmp_path, monkeypatch):
     command = ["reproduce", "--study", str(file), "--claims", "9", "--out", str(tmp_path / "s"), "--estimate"]
     assert main(command) == main([*command, "--quantization", "4bit"]) == 0
     assert given == ["8bit", "4bit"]
+
+
+def minutes_and_tokens(study, folder, model):
+    table = estimate(study, folder, model).set_index("claim")
+    return table["minutes"], table["thousand_tokens"] * 1e3
+
+
+def test_what_claims_share_is_counted_once_whichever_run(small, tmp_path):
+    model = caa.load_model(small.model, kind="bridge")
+    study = replace(small, layer=None, held_out=8, behaviours=("formality", "sentiment"), claims=(1, 2, 7, 8, 9, 10))
+    _, together = minutes_and_tokens(study, tmp_path, model)
+    _, less = minutes_and_tokens(replace(study, claims=(2, 7, 8, 9, 10)), tmp_path, model)
+    assert less[2] == pytest.approx(together[1] + together[2])  # whoever comes first bears it
+    assert less[[7, 8, 9, 10]].tolist() == together[[7, 8, 9, 10]].tolist()
+    for claim in (7, 8, 9, 10):
+        _, alone = minutes_and_tokens(replace(study, claims=(claim,)), tmp_path, model)
+        assert alone[claim] > together[claim] + 1000  # the vector, and the sweep that chooses its layer
+    _, given = minutes_and_tokens(replace(study, claims=(9,), layer=1), tmp_path, model)
+    assert given[9] < minutes_and_tokens(replace(study, claims=(9,)), tmp_path, model)[1][9]
+
+
+def test_tuning_is_counted_by_its_passes(small, tmp_path):
+    model = caa.load_model(small.model, kind="bridge")
+    study = replace(small, claims=(4,), finetune=("formality",))
+    train = caa.load_pairs("formality").split(held_out=study.held_out, seed=0)[0][: study.train]
+    texts = [model.tokenizer(pair.prompt + pair.positive)["input_ids"] for pair in train]
+    tokens = sum(map(len, texts))
+    cost = {}
+    for name, changes in {
+        "none": {"finetune": ()},
+        "one": {},
+        "two": {"epochs": 2},
+        "full": {"method": "full"},
+    }.items():
+        cost[name] = minutes_and_tokens(replace(study, **changes), tmp_path, model)[1][4]
+    assert cost["two"] - cost["one"] > 2 * 3 * tokens  # either direction, forward and back
+    assert cost["one"] - cost["none"] > 2 * (3 + 4) * tokens  # and both sides of every pair, before and after
+    assert cost["full"] > cost["one"]
+
+
+def test_memory_knows_what_training_takes(small):
+    model = caa.load_model(small.model, kind="bridge")
+    parameters = sum(p.numel() for p in model.parameters())
+    study = replace(small, claims=(4,), finetune=("formality",))
+    bare, lora = memory(replace(study, finetune=()), model), memory(study, model)
+    full = memory(replace(study, method="full"), model)
+    assert full - lora == pytest.approx(12 * parameters)  # beside the weights: gradients and two moments, float32
+    assert lora >= bare + 4 * parameters
+    assert memory(replace(study, claims=(1,), method="full"), model) == bare
+
+
+def test_the_speed_waits_for_the_device(small, monkeypatch):
+    class Late:
+        def __getitem__(self, place):
+            time.sleep(0.05)
+            return 0.0
+
+    model = caa.load_model(small.model, kind="bridge")
+    monkeypatch.setattr(estimating, "run", lambda *given, **options: (Late(), None))
+    assert estimating.tokens_per_second(model) < 8 * 96 / 0.05
