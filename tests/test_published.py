@@ -1,12 +1,15 @@
 """The authors' numbers, from their files."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from conftest import fixture_path
 
 import caa_lens as caa
 from caa_lens.experiments.published import parse_result_name, read_published
+from caa_lens.experiments.report import published_numbers
 from caa_lens.experiments.scoring import published_item
 
 
@@ -80,3 +83,45 @@ def test_files_that_do_not_fit(tmp_path):
     file.write_text(json.dumps([item]))
     with pytest.raises(caa.InputError, match="a_prob and b_prob"):
         read_published(tmp_path)
+
+
+def two_choice(folder, kind, multiplier, items):
+    file = (
+        folder
+        / f"results_layer=13_multiplier={multiplier}_behavior=refusal_type={kind}_use_base_model=False_model_size=7b.json"
+    )
+    rows = [
+        {"question": "Q?\n(A) a\n(B) b", "correct": c, "incorrect": "(B)", "a_prob": a, "b_prob": b, "category": k}
+        for c, a, b, k in items
+    ]
+    file.write_text(json.dumps(rows))
+
+
+def test_mmlu_and_truthful_qa_files(tmp_path):
+    """By the authors' formula, over items; their tables' average is over categories."""
+    for kind in ("mmlu", "truthful_qa"):
+        for multiplier, a in ((-1.0, 0.2), (0.0, 0.5), (1.0, 0.6)):
+            items = [("(A)", a, 0.1, "x"), ("A", a, 0.3, "x"), ("(B)", a, 0.4, "y")]
+            two_choice(tmp_path, kind, multiplier, items)
+    row = read_published(tmp_path, "mmlu").set_index("multiplier").loc[0.0]
+    scores = [0.5 / 0.6, 0.5 / 0.8, 0.4 / 0.9]
+    assert row["value"] == pytest.approx(sum(scores) / 3)
+    assert row["by_category"] == pytest.approx(((scores[0] + scores[1]) / 2 + scores[2]) / 2)
+    assert row["n"] == 3
+    assert row["mass"] == pytest.approx((0.6 + 0.8 + 0.9) / 3)
+    tables = published_numbers(tmp_path)
+    assert set(tables) == {"MMLU", "MMLU, detail", "TruthfulQA", "TruthfulQA, detail"}
+    assert tables["TruthfulQA"].loc[0, "+0"] == pytest.approx(sum(scores) / 3)
+    assert tables["MMLU, detail"]["by_category"].notna().all()
+    file = next(tmp_path.glob("*type=mmlu*"))
+    for broken in ('[{"question": "Q"}]', "[]", "{"):
+        file.write_text(broken)
+        with pytest.raises(caa.InputError, match=re.escape(str(file))):
+            published_numbers(tmp_path)
+
+
+def test_the_folder_is_looked_through_once(monkeypatch):
+    looked, look = [], Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: looked.append(folder) or look(folder, pattern))
+    published_numbers(fixture_path("caa/results"))
+    assert len(looked) == 1

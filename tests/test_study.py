@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from importlib import import_module
 
+import pandas as pd
 import pytest
 from conftest import fixture_path, tiny_llama
 from judge_server import Act, Endpoint
@@ -20,6 +21,7 @@ from caa_lens.experiments.report import (
     estimate,
     load_study,
     memory,
+    published_numbers,
     reproduce,
     write_page,
 )
@@ -360,3 +362,25 @@ def test_the_speed_waits_for_the_device(small, monkeypatch):
     model = caa.load_model(small.model, kind="bridge")
     monkeypatch.setattr(estimating, "run", lambda *given, **options: (Late(), None))
     assert estimating.tokens_per_second(model) < 8 * 96 / 0.05
+
+
+def test_published_numbers_are_kept_with_the_study(small, tmp_path):
+    """Whole, where the page shows a part; and further calls need the authors' folder no more."""
+    results = fixture_path("caa/results")
+    quietly(replace(small, published=str(results)), tmp_path)
+    for name, table in published_numbers(results).items():
+        stem = name.replace(", ", "_").replace(" ", "_")
+        assert len(pd.read_csv(tmp_path / "published" / f"published_{stem}.csv")) == len(table)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "published numbers" in page
+    assert "<code>published/</code>" in page
+    quietly(small, tmp_path)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_published_files_that_cannot_be_read_are_noticed_before_any_work(small, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "results_layer=1_multiplier=1.0_behavior=x_type=ab.json").write_text("[")
+    study = replace(small, model="no/such", published=str(tmp_path / "r"))
+    with pytest.raises(caa.InputError, match=r"type=ab\.json"):
+        reproduce(study, tmp_path / "s", progress=False)

@@ -1,7 +1,8 @@
 """The authors' published results, scored by their own formula, without a model.
 
 Their files are `results/<behaviour>/results_<key>=<value>_..._.json`, a list of items with `a_prob` and `b_prob` (multiple
-choice) or `question` and `model_output` (open-ended); judged ones, with `score`, are in `results/open_ended_scores/<behaviour>/`.
+choice; MMLU's and TruthfulQA's with `correct` and `category`) or `question` and `model_output` (open-ended); judged ones, with
+`score`, are in `results/open_ended_scores/<behaviour>/`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -36,6 +37,8 @@ KEYS = (
 )
 """What a file name may say; the optional ones are left out of it when unset."""
 
+TWO_CHOICE = ("mmlu", "truthful_qa")
+"""Types whose items have the keys of the authors' two-choice questions."""
 _OLDER = "override_model_weights_path"
 """What the files of fine-tuned models call `override_weights`."""
 _NAMES = "|".join((*KEYS, _OLDER))
@@ -72,39 +75,64 @@ def parse_result_name(name: str) -> dict[str, Any]:
     return settings
 
 
-def read_published(folder: str | os.PathLike[str]) -> pd.DataFrame:
-    """One row a multiple-choice result file below `folder`: its settings, the published score, and what that score hides.
+def read_published(folder: str | os.PathLike[str], kind: Literal["ab", "mmlu", "truthful_qa"] = "ab") -> pd.DataFrame:
+    """One row a result file of this `type` below `folder`: its settings, the published score, and what that score hides.
 
     Columns: those of the file's name; `value` with its 95% interval `low`, `high`, and `n` (the authors' formula); `letter`
-    (items keyed A or B only, keys weighted equally); `mass` (mean p(A) + p(B)); `other_keys` (items keyed otherwise).
+    (items keyed A or B only, keys weighted equally); `mass` (mean p(A) + p(B)); `other_keys` (items keyed otherwise). Of MMLU and
+    TruthfulQA the key is the correct answer's, and `by_category` is the mean of the categories' means, the authors' "Average".
 
     Raises:
         InputError: no result file, or one that cannot be read.
     """
-    files = result_files(folder, "ab")
+    files = result_files(folder, kind)
     if not files:
-        raise InputError(f"{folder} holds no files results_*type=ab*.json; give the authors' results directory.")
-    return pd.DataFrame([{**parse_result_name(file.name), **_score(file)} for file in files])
+        raise InputError(f"{folder} holds no files results_*type={kind}*.json; give the authors' results directory.")
+    return score_files(files)
 
 
-def _score(file: Path) -> Mapping[str, Any]:
-    pairs = load_pairs(file)
+def score_files(files: Sequence[Path]) -> pd.DataFrame:
+    """The rows of `read_published` for these files."""
+    named = [(file, parse_result_name(file.name)) for file in files]
+    return pd.DataFrame([{**settings, **_score(file, settings["type"])} for file, settings in named])
+
+
+def _score(file: Path, kind: str) -> Mapping[str, Any]:
+    items = _two_choice(file) if kind in TWO_CHOICE else [(pair.key, pair.extra) for pair in load_pairs(file)]
     try:
-        a, b = (np.array([float(pair.extra[key]) for pair in pairs]) for key in ("a_prob", "b_prob"))
+        a, b = (np.array([float(extra[key]) for _, extra in items]) for key in ("a_prob", "b_prob"))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: every item needs the numbers a_prob and b_prob ({error}).") from error
-    keys = [pair.key for pair in pairs]
+    keys = [key for key, _ in items]
     values = np.array([float(published_item(key, *both)) for key, *both in zip(keys, a, b, strict=True)])
     lettered = np.array([key in ("A", "B") for key in keys])
     letter = (
-        bootstrap_mean(values[lettered], [key for key in keys if key in ("A", "B")]).value if lettered.any() else None
+        bootstrap_mean(values[lettered], [str(key) for key in keys if key in ("A", "B")]).value
+        if lettered.any()
+        else None
     )
-    return {
+    found = {
         **bootstrap_mean(values, bounds=(0.0, 1.0))._asdict(),
         "letter": letter,
         "mass": float((a + b).mean()),
         "other_keys": int((~lettered).sum()),
     }
+    if kind in TWO_CHOICE:
+        categories = [str(extra.get("category")) for _, extra in items]
+        found["by_category"] = float(pd.Series(values).groupby(categories).mean().mean())
+    return found
+
+
+def _two_choice(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """The correct letter and the item, of every item."""
+    try:
+        items = json.loads(file.read_text(encoding="utf-8"))
+        found = [(str(item["correct"]).strip(" ()"), item) for item in items]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: every item needs question, correct, a_prob and b_prob ({error!r}).") from error
+    if not found:
+        raise InputError(f"{file} holds no items.")
+    return found
 
 
 def read_published_answers(folder: str | os.PathLike[str]) -> pd.DataFrame:
@@ -116,11 +144,17 @@ def read_published_answers(folder: str | os.PathLike[str]) -> pd.DataFrame:
     Raises:
         InputError: no result file, or one that cannot be read.
     """
-    files = sorted(result_files(folder, "open_ended"), key=lambda file: "open_ended_scores" in file.parts)
+    files = result_files(folder, "open_ended")
     if not files:
         raise InputError(
             f"{folder} holds no files results_*type=open_ended*.json; give the authors' results directory."
         )
+    return answers_in(files)
+
+
+def answers_in(files: Sequence[Path]) -> pd.DataFrame:
+    """The rows of `read_published_answers` for these files."""
+    files = sorted(files, key=lambda file: "open_ended_scores" in file.parts)
     rows = []
     for name, file in sorted({file.name: file for file in files}.items()):
         try:
@@ -143,7 +177,11 @@ def read_published_judged(folder: str | os.PathLike[str]) -> pd.DataFrame:
     Raises:
         InputError: as in `read_published_answers`.
     """
-    answers = read_published_answers(folder)
+    return judged_by_file(read_published_answers(folder))
+
+
+def judged_by_file(answers: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `read_published_judged` for these answers."""
     rows = []
     for place, group in answers.groupby(list(KEYS), sort=False, dropna=False):
         estimate = bootstrap_mean(group["score"].dropna().to_numpy(float), bounds=(LOWEST, HIGHEST))

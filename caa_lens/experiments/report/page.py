@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from caa_lens.errors import MissingError
 from caa_lens.experiments.report.claims import CLAIMS
-from caa_lens.experiments.report.published import published_numbers
+from caa_lens.experiments.report.published import kept_published
 from caa_lens.experiments.report.section import Section, read_section
 from caa_lens.experiments.report.status import MEANINGS
 from caa_lens.files import atomic_path
@@ -55,7 +55,7 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
         behaviours=[(name, short) for short, name in names.items()],
         claims=claims,
         meanings=MEANINGS,
-        published=_published(study),
+        published={name: _table(table) for name, table in kept_published(folder).items()},
     )
     target = folder / "report.html"
     with atomic_path(target) as temporary:
@@ -98,10 +98,3 @@ def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and value != value):
         return ""
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _published(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The authors' numbers as tables, where their results were given."""
-    if study["published"] is None:
-        return {}
-    return {name: _table(table) for name, table in published_numbers(study["published"]).items()}

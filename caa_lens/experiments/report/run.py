@@ -16,6 +16,7 @@ from caa_lens.experiments.report.checks import check_layer
 from caa_lens.experiments.report.claims import CLAIMS, Claim
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.page import write_page
+from caa_lens.experiments.report.published import keep_published
 from caa_lens.experiments.report.section import Section, read_section, save_section
 from caa_lens.experiments.report.study import EXTENDED, Study
 from caa_lens.files import claim_folder, is_claimed, write_json
@@ -38,7 +39,7 @@ def reproduce(
     Args:
         study: what to run; see `load_study`.
         out: the study's folder: `report.html`, `sections/` (tables as parquet, CSV and LaTeX; figures as PNG and SVG), `vectors/`,
-            and `work/`, which can be deleted when the study is finished.
+            `published/` where there are published numbers, and `work/`, which can be deleted when the study is finished.
         model: a model that is already loaded, in place of `study.model`.
         progress: show progress bars.
         say: called with a line when a section begins, and at the end.
@@ -51,7 +52,7 @@ def reproduce(
         MissingError: there is no such model. What a section lacks stops nothing: it is "not run", and tried again by the next call.
     """
     folder = Path(out)
-    on_main(lambda: _sign(folder, study))
+    on_main(lambda: _begin(folder, study))
     lab = Lab(study, folder, model=model, progress=progress)
     info = describe(lab.model)  # without the model itself there is no section to run
     check_layer(study, info.n_layers)
@@ -121,6 +122,17 @@ def _examine(lab: Lab, claim: Claim, behaviour: str | None) -> Section:
         return Section("not run", f"Not run: {error}")
 
 
+def _begin(folder: Path, study: Study) -> None:
+    """Marks the folder as the study's, and writes the published numbers that are shown beside its own.
+
+    Raises:
+        InputError: the folder is another's, or there are no such numbers.
+    """
+    _sign(folder, study)
+    if study.published is not None:
+        keep_published(folder, study.published)
+
+
 def _sign(folder: Path, study: Study) -> None:
     """Marks the folder as the study's.
 
@@ -132,6 +144,7 @@ def _sign(folder: Path, study: Study) -> None:
     if is_claimed(file, study.signature, "study"):  # refuses another's
         before = json.loads(file.read_text(encoding="utf-8"))["study"]
         # What an earlier call examined stays in the report.
+        settings["published"] = study.published or before["published"]
         settings |= {name: list(dict.fromkeys([*before[name], *settings[name]])) for name in EXTENDED}
     # Written again where the study goes on: it records the versions that it goes on with.
     about = {"study": settings, "versions": {name: version(name) for name in VERSIONS}}
