@@ -26,6 +26,7 @@ from caa_lens.experiments.report import (
     write_page,
 )
 from caa_lens.experiments.report import lab as labs
+from caa_lens.experiments.report.latex import latex
 from caa_lens.experiments.report.section import read_section
 
 estimating = import_module("caa_lens.experiments.report.estimate")  # the package has a function of this name
@@ -384,3 +385,27 @@ def test_published_files_that_cannot_be_read_are_noticed_before_any_work(small, 
     study = replace(small, model="no/such", published=str(tmp_path / "r"))
     with pytest.raises(caa.InputError, match=r"type=ab\.json"):
         reproduce(study, tmp_path / "s", progress=False)
+
+
+def test_no_cell_is_read_as_an_argument_or_ends_a_table():
+    cells = ["[", "*", "  [0]", "a\n\nb", "\n", "\x00x", "c\r\nd", "a & b_c", "\u2028"]
+    text = latex(pd.DataFrame({"[token": cells, "value": [1.0] * 8 + [None]}))
+    lines = text.splitlines()
+    assert len(lines) == len(cells) + 6
+    assert lines[2].startswith("{[}token &")
+    rows = lines[4:-2]
+    assert [row.split(" & ")[0].strip() for row in rows] == [
+        "{[}",
+        "{*}",
+        "{[}0]",
+        "a b",
+        "",
+        "x",
+        "c d",
+        r"a \& b\_c",
+        "",
+    ]
+    assert not any(line.lstrip().startswith(("[", "*")) for line in lines)
+    assert not any(ord(sign) < 32 for line in lines for sign in line)
+    plain = pd.DataFrame({"a": [1.0, 2.5], "b": ["x", None], "c": [True, False]})
+    assert latex(plain) == plain.to_latex(index=False, float_format="%.3f", escape=True)

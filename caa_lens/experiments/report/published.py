@@ -16,6 +16,7 @@ from caa_lens.experiments.published import (
     result_files,
     score_files,
 )
+from caa_lens.experiments.report.latex import latex
 from caa_lens.files import atomic_path
 
 CONDITIONS = (
@@ -85,9 +86,7 @@ def write_published(folder: str | os.PathLike[str], out: str | os.PathLike[str])
                 elif suffix == ".csv":
                     table.to_csv(temporary, index=False)
                 else:
-                    temporary.write_text(
-                        table.to_latex(index=False, float_format="%.3f", escape=True), encoding="utf-8"
-                    )
+                    temporary.write_text(latex(table), encoding="utf-8")
         written.append(stem.with_suffix(".csv"))
     return written
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import pandas as pd
 
 from caa_lens.errors import CaaLensError
+from caa_lens.experiments.report.latex import latex
 from caa_lens.experiments.report.status import Status
 from caa_lens.files import atomic_path
 
@@ -60,8 +61,7 @@ def save_section(folder: Path, section: Section) -> None:
             table.to_parquet(temporary / f"{name}.parquet", index=False)
             # Quoted, so that no line break of an answer ends a row.
             table.to_csv(temporary / f"{name}.csv", index=False, quoting=csv.QUOTE_NONNUMERIC)
-            latex = table.to_latex(index=False, float_format="%.3f", escape=True)
-            (temporary / f"{name}.tex").write_text(latex, encoding="utf-8")
+            (temporary / f"{name}.tex").write_text(latex(table), encoding="utf-8")
         for name, figure in section.figures.items():
             assert not isinstance(figure, Path)
             figure.savefig(temporary / f"{name}.png", dpi=160, metadata={"Software": None})
