@@ -37,6 +37,7 @@ from caa_lens.models import (
     device_of,
     has_hooks,
     hooks,
+    model_state,
     pad,
     run,
     tokenizer_of,
@@ -117,10 +118,11 @@ class ExtractionPlan:
 
     @property
     def signature(self) -> str:
-        """Digest of everything that the activations depend on, and of how they are cut into batches."""
+        """Digest of everything but the model's state that the activations depend on, and of how they are cut into batches."""
         name = self.info.name.rsplit("/", 1)[-1].lower()
         pairs = [[pair.prompt, pair.positive, pair.negative] for pair in self.pairs]
-        return digest([name, self.basis, pairs, self.layers, self.read, self.template.hash, self.batches])
+        ids = [[both.positive.ids, both.negative.ids] for both in self.encoded]
+        return digest([name, self.basis, pairs, ids, self.layers, self.read, self.template.hash, self.batches])
 
 
 def plan_extraction(
@@ -176,7 +178,7 @@ def iterate_activations(
     """
     what = f"extract {plan.pairs.name}"
     require_same(plan.signature, what)
-    folder = on_main(lambda: open_store(Path(store), plan.signature, _about(plan))) if store is not None else None
+    folder = _opened(Path(store), model, plan) if store is not None else None
     # Neither a surrounding steer() nor a user's own hooks find their positions in cached pieces of a text; the latter not in a
     # padded batch either.
     whole = has_hooks(model)
@@ -198,6 +200,13 @@ def iterate_activations(
         for batch in shared_map(activations, range(len(plan.batches))):
             yield batch
             bar.update(len(batch.index))
+
+
+def _opened(store: Path, model: Model, plan: ExtractionPlan) -> Path:
+    """The store of a plan for the model as it is now."""
+    signature = digest([plan.signature, model_state(model)])
+    require_same(signature, f"extract {plan.pairs.name}")
+    return on_main(lambda: open_store(store, signature, _about(plan)))
 
 
 def _about(plan: ExtractionPlan) -> dict[str, Any]:

@@ -107,19 +107,21 @@ def answers(
     written: Mapping[str | None, Template] = {None: chosen}
     if systems is not None:
         written = under_systems(tokenizer, chosen, systems)
+    ids = []
     for way, question in product(written.values(), questions):
-        length = len(way.encode(tokenizer, question).ids)
-        info.require_room(f"the question {question[:60]!r}", length, max_new_tokens=max_new_tokens)
+        ids.append(way.encode(tokenizer, question).ids)
+        info.require_room(f"the question {question[:60]!r}", len(ids[-1]), max_new_tokens=max_new_tokens)
     about = {
         "prompts": getattr(prompts, "name", "prompts"),
         "prompts_hash": digest(questions),
+        "texts": digest(ids),
         "template": repr(chosen),
         "systems": None if systems is None else {str(name): repr(way) for name, way in written.items()},
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed,
     }
-    made = describe_run(model, settings, positions, about)
+    made = describe_run(model, settings, positions, about, store=store)
     done: ItemStore[list[Measured]] = ItemStore(store, made, what="set of answers")
     missing = [number for number in range(len(questions)) if number not in done.found]
     # As many questions together as the strengths of a vector leave room for in a batch.

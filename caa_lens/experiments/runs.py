@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from caa_lens.callables import described
 from caa_lens.directions import Operator, add
 from caa_lens.errors import InputError
 from caa_lens.experiments.controls import with_controls
@@ -25,7 +26,7 @@ from caa_lens.experiments.grid import Text, grid_logprobs
 from caa_lens.experiments.store import ItemStore
 from caa_lens.files import digest
 from caa_lens.hooks import flatten
-from caa_lens.models import Model, check_layers, describe
+from caa_lens.models import Model, check_layers, describe, model_state
 from caa_lens.positions import Positions, check_positions, is_steered
 from caa_lens.vector import SteeringVector
 from caa_lens.vector_set import VectorSet
@@ -88,12 +89,20 @@ def _at_layers(model: Model, vectors: VectorSet | SteeringVector, layers: Sequen
 
 
 def describe_run(
-    model: Model, settings: Sequence[Setting], positions: Positions, about: Mapping[str, Any]
+    model: Model,
+    settings: Sequence[Setting],
+    positions: Positions,
+    about: Mapping[str, Any],
+    *,
+    operator: Operator = add,
+    store: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Provenance of a run under several settings: `about` with the model, the settings, a digest of their vectors, versions.
+    """Provenance of a run under several settings: `about` with the model, the settings, a digest of their vectors, versions; for a
+    store also what tells the model's state and the functions from others of the same name.
 
     Raises:
-        InputError: positions that fit one prompt only, or an open `steer` context.
+        InputError: positions that fit one prompt only, an open `steer` context, or for a store a function whose content cannot be
+            told.
     """
     if is_steered(model):
         raise InputError("this measurement steers by itself; leave the steer() context and pass the vector.")
@@ -105,11 +114,18 @@ def describe_run(
         "model": info.name,
         "revision": info.revision,
         **about,
-        "positions": getattr(positions, "__name__", str(positions)),
+        **({} if store is None else {"state": digest([model_state(model), described([positions, operator])])}),
+        "positions": _name(positions),
+        "operator": _name(operator),
         "settings": [[s.vector, s.layer, s.multiplier] for s in settings],
         "vectors": digest([s.steering.tensor.tolist() if s.steering else None for s in settings]),
         "versions": {name: version(name) for name in ("caa-lens", "transformer-lens", "transformers", "torch")},
     }
+
+
+def _name(chosen: Positions | Operator) -> str:
+    """For reading; a `partial` has no name of its own."""
+    return getattr(chosen, "__name__", type(chosen).__name__) if callable(chosen) else str(chosen)
 
 
 def run_items(
@@ -143,18 +159,16 @@ def run_items(
         of vectors and texts, and versions.
 
     Raises:
-        InputError: positions that fit one prompt only, an open `steer` context, or a store of another run.
+        InputError: positions that fit one prompt only, an open `steer` context, a store of another run, or a function that is given
+            with a store and whose content cannot be told.
     """
     made = describe_run(
         model,
         settings,
         positions,
-        {
-            **about,
-            "operator": getattr(operator, "__name__", str(operator)),
-            "strength": strength,
-            "texts": digest([[text.ids for text in texts] for texts in items]),
-        },
+        {**about, "strength": strength, "texts": digest([[text.ids for text in texts] for texts in items])},
+        operator=operator,
+        store=store,
     )
     done = ItemStore(
         store,

@@ -19,6 +19,7 @@ from torch import Tensor
 from caa_lens.errors import InputError, MissingError
 from caa_lens.models import bridge, hooked
 from caa_lens.models.base import Basis, Branch, Host, Inputs, Model, Prefix, select_positions
+from caa_lens.models.fingerprint import model_state
 from caa_lens.models.hook_points import Hook, capture_hooks, has_hooks, hooks, resid_post
 from caa_lens.models.hooked import use_fast_layout
 from caa_lens.models.loading import identity, load_model
@@ -38,6 +39,7 @@ __all__ = [
     "has_hooks",
     "hooks",
     "load_model",
+    "model_state",
     "pad",
     "resid_post",
     "run",

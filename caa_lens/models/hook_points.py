@@ -27,7 +27,12 @@ def has_hooks(model: Model) -> bool:
     Where one is, every text is run whole and by itself, as its author expects: in pieces, in a batch or beside other variants, the
     positions that it counts would be others.
     """
-    return any(point.fwd_hooks for point in model.hook_dict.values())
+    return bool(hooked_points(model))
+
+
+def hooked_points(model: Model) -> list[str]:
+    """Names of the hook points that have a forward hook now."""
+    return [name for name, point in model.hook_dict.items() if point.fwd_hooks]
 
 
 @contextmanager
