@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from caa_lens.activations import PairActivations, open_store, read_shard, write_shard
+from caa_lens.arguments import Layers, require_count, require_pairs
 from caa_lens.directions import Moments, control_weights
 from caa_lens.errors import InputError
 from caa_lens.files import digest
@@ -59,7 +60,7 @@ def extract(
     model: Model,
     pairs: PairSet,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     read: Read | None = None,
     template: Template | None = None,
     batch_size: int = 16,
@@ -129,22 +130,16 @@ def plan_extraction(
     model: Model,
     pairs: PairSet,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     read: Read | None = None,
     template: Template | None = None,
     batch_size: int = 16,
 ) -> ExtractionPlan:
     """Tokenises and checks everything before the model is run; arguments and errors as in `extract`."""
-    if not isinstance(pairs, PairSet):
-        raise InputError(
-            f"extract takes a PairSet, got {type(pairs).__name__}; load_pairs(...) makes one from a list or a file."
-        )
-    if len(pairs) == 0:
-        raise InputError(f"{pairs.name!r} holds no pairs; a vector needs at least one.")
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} must be at least 1.")
+    require_pairs("extract", pairs)
+    batch_size = require_count("batch_size", batch_size)
     info, tokenizer, chosen = describe(model), tokenizer_of(model), template_for(model, template)
-    kept = check_layers(model, list(range(info.n_layers) if layers is None else layers))
+    kept = check_layers(model, range(info.n_layers) if layers is None else layers)
     short = all(len(text) <= 4 for pair in pairs for text in (pair.positive.strip(), pair.negative.strip()))
     read = ("answer" if short else "completion_mean") if read is None else read
     if not (read in ("answer", "completion_mean", "last") or (isinstance(read, int) and not isinstance(read, bool))):

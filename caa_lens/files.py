@@ -57,8 +57,11 @@ def is_claimed(file: Path, signature: str, what: str) -> bool:
     refuses a folder of another run.
 
     Raises:
-        InputError: it belongs to another run; `what` names such a run.
+        InputError: it belongs to another run; `what` names such a run. A file stands where the folder should be.
     """
+    stands = next(place for place in file.parents if place.exists())
+    if not stands.is_dir():
+        raise InputError(f"{stands} is a file, not a folder to keep results in; give another path.")
     if not file.exists():
         return False
     try:

@@ -206,6 +206,31 @@ def test_layer_transfer_uses_one_vector_at_other_layers(model, vectors, held_out
         (lambda m, v, p: caa.score(m, caa.load_pairs([("Q\n(A) a (B) b", "(A)", "(B)")])), r"offers \(A\) alone"),
         (lambda m, v, p: caa.score(m, p, v[0], positions=torch.ones(3, dtype=torch.bool)), "mask fits one prompt"),
         (lambda m, v, p: caa.score(m, caa.load_pairs([("word " * 200, "yes", "no")])), "exceed the context"),
+        (lambda m, v, p: caa.sweep(m, v, p[:0]), "holds no pairs; sweep needs at least one"),
+        (lambda m, v, p: caa.score(m, p[:0]), "holds no pairs; score needs at least one"),
+        (lambda m, v, p: caa.capability(m, p[:0], v), "holds no pairs; capability needs at least one"),
+        (lambda m, v, p: caa.sweep(m, v, list(p)), "sweep takes a PairSet, got list"),
+        (lambda m, v, p: caa.score(m, v[0], p), "score takes a PairSet, got SteeringVector"),
+        (lambda m, v, p: caa.score(m, p, v), "one SteeringVector, got VectorSet"),
+        (lambda m, v, p: caa.sweep(m, [v[0]], p), "takes a VectorSet or a SteeringVector, got list"),
+        (lambda m, v, p: caa.sweep(m, v, p, multipliers=(1, float("nan"))), "nan is no finite number"),
+        (lambda m, v, p: caa.sweep(m, v, p, multipliers="1"), "give a number, or a list"),
+        (lambda m, v, p: caa.sweep(m, v, p, multipliers=np.ones((2, 2))), "is no finite number"),
+        (lambda m, v, p: caa.sweep(m, v, p, layers=[1.5]), "give a whole number"),
+        (lambda m, v, p: caa.sweep(m, v, p, controls=-2), "controls=-2 must be at least 0"),
+        (lambda m, v, p: caa.sweep(m, v, p, others=v), "no vector for layer|others"),
+        (lambda m, v, p: caa.sweep(m, v, p, others=[v]), "others= takes vectors by name"),
+        (lambda m, v, p: caa.sweep(m, v, p, others={"x": v[1]}), "no vector for layer 0"),
+        (lambda m, v, p: caa.sweep(m, v, p, others={"x": "x"}), "others={'x': ...} takes a VectorSet"),
+        (lambda m, v, p: caa.score(m, p, controls=True), "need a vector"),
+        (lambda m, v, p: caa.score(m, p, layers=np.arange(2)), "need a vector"),
+        (lambda m, v, p: caa.score(m, p, postions="all"), "no option postions=; did you mean positions="),
+        (lambda m, v, p: caa.sweep(m, v, p, postions="all"), "no option postions=; did you mean positions="),
+        (lambda m, v, p: caa.sweep(m, v, p, parts=2), "no option parts="),
+        (lambda m, v, p: caa.text_loss(m, "Some text.", v, postion="all"), "no option postion="),
+        (lambda m, v, p: caa.learning_curve(m, p, layer=1), "no option layer=; did you mean layers="),
+        (lambda m, v, p: caa.sweep(m, v, p, batch_size=0), "batch_size=0 must be at least 1"),
+        (lambda m, v, p: caa.sweep(m, v, p, systems="Be kind."), "systems= takes ways to prompt by name"),
     ],
 )
 def test_refused_before_the_model_runs(model, vectors, pairs, call, message, monkeypatch, unchecked):
@@ -213,6 +238,42 @@ def test_refused_before_the_model_runs(model, vectors, pairs, call, message, mon
     held_out = caa.load_pairs([("Other prompt", "Yes, indeed.", "Yeah, sure.")])
     with pytest.raises(caa.CaaLensError, match=message):
         call(model, vectors, held_out)
+
+
+def test_arrays_and_single_numbers_are_taken(model, vectors, held_out):
+    def items(**options):
+        return caa.sweep(model, vectors[1], held_out[:2], progress=False, **options).items
+
+    expected = items(multipliers=(-1.0, 0.0, 1.0), layers=[0, 1, 2])
+    for multipliers in (np.linspace(-1, 1, 3), torch.tensor([-1.0, 0.0, 1.0]), range(-1, 2)):
+        for layers in (np.arange(3), torch.arange(3), range(3)):
+            pd.testing.assert_frame_equal(items(multipliers=multipliers, layers=layers), expected)
+    single = items(multipliers=1, layers=1, others={"other": 2 * vectors[1]})
+    assert set(single["vector"]) == {"vector", "other"}
+    assert (single.groupby("item")["value"].nunique() == 1).all()  # the same direction, at the same norm
+    assert caa.extract(model, held_out, layers=np.arange(2), progress=False).layers == (0, 1)
+
+
+def test_a_damaged_store_is_refused_and_strangers_are_left_alone(model, held_out, tmp_path):
+    def scored(store):
+        return caa.score(model, held_out, store=store, progress=False).items
+
+    expected, store = scored(tmp_path / "s"), tmp_path / "s"
+    (store / "item-copy.json").write_text("1")
+    assert scored(store).equals(expected)
+    for content in ("[[[", "1", '[["a"]]'):
+        (store / "item-000001.json").write_text(content)
+        with pytest.raises(caa.InputError, match=r"item-000001\.json cannot be read .* delete this file and run again"):
+            scored(store)
+    (store / "item-000001.json").unlink()
+    pd.testing.assert_frame_equal(scored(store), expected, atol=1e-5)
+    (store / "about.json").unlink()
+    with pytest.raises(caa.InputError, match=r"about\.json is not there"):
+        scored(store)
+    with pytest.raises(caa.InputError, match=r"item-copy\.json is a file, not a folder"):
+        scored(store / "item-copy.json")
+    with pytest.raises(caa.InputError, match=r"item-copy\.json is a file, not a folder"):
+        caa.extract(model, held_out, store=store / "item-copy.json" / "below", progress=False)
 
 
 def test_training_prompts_and_open_contexts_are_refused(model, pairs):

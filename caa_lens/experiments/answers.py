@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from caa_lens.arguments import Layers, Multipliers, require_count
 from caa_lens.errors import InputError
 from caa_lens.experiments.answer_set import DIAGNOSTICS, AnswerSet, repeated_share
 from caa_lens.experiments.grid import grid_logprobs
@@ -48,11 +49,11 @@ def answers(
     vectors: VectorSet | SteeringVector | None,
     prompts: PairSet | Sequence[str],
     *,
-    layers: int | Sequence[int] | None = None,
-    multipliers: Sequence[float] = (-1.0, 0.0, 1.0),
+    layers: Layers | None = None,
+    multipliers: Multipliers = (-1.0, 0.0, 1.0),
     systems: Mapping[str, System] | None = None,
     controls: bool | int = False,
-    others: Mapping[str, VectorSet] | None = None,
+    others: Mapping[str, VectorSet | SteeringVector] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -92,15 +93,14 @@ def answers(
         >>> said = caa.answers(model, vectors, held_out, layers=14, controls=1)  # doctest: +SKIP
         >>> said.to_pandas()  # doctest: +SKIP
     """
-    if max_new_tokens < 1 or batch_size < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} and batch_size={batch_size} must be at least 1.")
+    max_new_tokens = require_count("max_new_tokens", max_new_tokens)
+    batch_size = require_count("batch_size", batch_size)
     questions = _questions(prompts, vectors)
-    at_layers = [layers] if isinstance(layers, int) else layers
     settings = (
         [UNSTEERED]
         if vectors is None
         else settings_for(
-            model, vectors, layers=at_layers, multipliers=multipliers, controls=controls, others=others, seed=seed
+            model, vectors, layers=layers, multipliers=multipliers, controls=controls, others=others, seed=seed
         )
     )
     info, tokenizer, chosen = describe(model), tokenizer_of(model), template_for(model, template)

@@ -16,13 +16,14 @@ Source of the two-choice form: Rimsky et al., arXiv:2312.06681, section 7 (MMLU 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
+from caa_lens.arguments import Layers, Multipliers, as_numbers, require_options, require_pairs
 from caa_lens.errors import InputError
 from caa_lens.experiments.effects import largest_control
 from caa_lens.experiments.grid import Text
@@ -146,10 +147,10 @@ def capability(
     questions: PairSet,
     vectors: VectorSet | SteeringVector,
     *,
-    layers: Sequence[int] | None = None,
-    multipliers: Sequence[float] = (-1.0, 1.0),
+    layers: Layers | None = None,
+    multipliers: Multipliers = (-1.0, 1.0),
     controls: bool | int = False,
-    others: Mapping[str, VectorSet] | None = None,
+    others: Mapping[str, VectorSet | SteeringVector] | None = None,
     **options: Any,
 ) -> CapabilityResult:
     """Accuracy on two-choice questions before and under steering: a `sweep` of the letter score, compared item by item.
@@ -179,6 +180,7 @@ def capability(
         raise InputError(
             "capability() takes no systems=; give template=ChatTemplate(system_prompt=...) for one of them."
         )
+    require_pairs("capability", questions)
     found = sweep(
         model,
         vectors,
@@ -203,10 +205,10 @@ def text_loss(
     text: str | Path,
     vectors: VectorSet | SteeringVector,
     *,
-    layers: Sequence[int] | None = None,
-    multipliers: Sequence[float] = (-1.0, 1.0),
+    layers: Layers | None = None,
+    multipliers: Multipliers = (-1.0, 1.0),
     controls: bool | int = False,
-    others: Mapping[str, VectorSet] | None = None,
+    others: Mapping[str, VectorSet | SteeringVector] | None = None,
     window: int = 512,
     positions: Positions = "all",
     batch_size: int = 1,
@@ -240,6 +242,7 @@ def text_loss(
         raise InputError(
             f"positions={positions!r}: a plain text has no instruction; use 'all', a slice or a function of the token ids."
         )
+    require_options("text_loss", options, run_items, but=("label", "parts"))
     name = text.name if isinstance(text, Path) else "text"
     windows = _windows(model, _read(text), window)
     settings = settings_for(
@@ -273,8 +276,8 @@ def text_loss(
     return CapabilityResult(pd.concat(frames, ignore_index=True), ("loss",), made, seed)
 
 
-def _with_zero(multipliers: Sequence[float]) -> Sequence[float]:
-    return [0.0, *multipliers] if multipliers else multipliers
+def _with_zero(multipliers: Multipliers) -> list[float]:
+    return [0.0, *as_numbers("multipliers", multipliers)]
 
 
 def _read(text: str | Path) -> str:

@@ -11,12 +11,13 @@ split-half cosine at n pairs = cos(mean difference of n/2 pairs, mean difference
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 import torch
 
+from caa_lens.arguments import as_integers, require_options, require_pairs
 from caa_lens.directions import Moments, cosine
 from caa_lens.errors import InputError
 from caa_lens.extraction import iterate_activations, plan_extraction
@@ -66,7 +67,7 @@ def learning_curve(
     model: Model,
     pairs: PairSet,
     *,
-    sizes: Sequence[int] | None = None,
+    sizes: int | Iterable[int] | None = None,
     seed: int = 0,
     progress: bool = True,
     **options: Any,
@@ -88,7 +89,10 @@ def learning_curve(
     Raises:
         InputError: a size that is odd, below 2 or above the number of pairs; as in `extract` otherwise.
     """
-    largest = len(pairs) // 2 * 2
+    require_options("learning_curve", options, plan_extraction)
+    largest = len(require_pairs("learning_curve", pairs)) // 2 * 2
+    if sizes is not None and not (sizes := as_integers("sizes", sizes)):
+        raise InputError("sizes=[] is empty; give at least one number of pairs, or leave it out.")
     if sizes is None:
         sizes = [n for n in (4 * 2**k for k in range(20)) if n < largest] + [largest]
     for n in sizes:

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from caa_lens.arguments import Layers, Multipliers, as_numbers, require_count
 from caa_lens.callables import described
 from caa_lens.directions import Operator, add
 from caa_lens.errors import InputError
@@ -55,34 +56,44 @@ def settings_for(
     model: Model,
     vectors: VectorSet | SteeringVector,
     *,
-    layers: Sequence[int] | None = None,
-    multipliers: Sequence[float] = (-1.0, 0.0, 1.0),
+    layers: Layers | None = None,
+    multipliers: Multipliers = (-1.0, 0.0, 1.0),
     controls: bool | int = False,
-    others: Mapping[str, VectorSet] | None = None,
+    others: Mapping[str, VectorSet | SteeringVector] | None = None,
     seed: int = 0,
 ) -> list[Setting]:
     """Every vector and control at every layer and multiplier; arguments as in `sweep`.
 
     Raises:
-        InputError: no multiplier or layer, vectors that do not fit the model, a control's name that is taken.
+        InputError: no multiplier or layer, or none that is a number; vectors that do not fit the model; a control's name that is
+            taken.
         MissingError: a layer that the model or the vectors do not have.
     """
-    chosen = _at_layers(model, vectors, layers)
-    if not multipliers:
-        raise InputError("an empty grid: give at least one multiplier.")
-    named = with_controls(chosen, n_random=3 if controls is True else int(controls), seed=seed, others=others)
+    strengths = sorted(set(as_numbers("multipliers", multipliers)))
+    n_random = 3 if controls is True else require_count("controls", controls, least=0)
+    layers = None if layers is None else check_layers(model, layers)
+    if others is not None and not isinstance(others, Mapping):
+        raise InputError(f"others= takes vectors by name, {{'name': vectors}}; got {type(others).__name__}.")
+    chosen = _at_layers(model, vectors, layers, "vectors=")
+    beside = {
+        name: _at_layers(
+            model, group, layers if isinstance(group, SteeringVector) else None, f"others={{{name!r}: ...}}"
+        )
+        for name, group in (others or {}).items()
+    }
+    named = with_controls(chosen, n_random=n_random, seed=seed, others=beside)
     return [
-        Setting(name, layer, float(m), group[layer])
-        for name, group in named.items()
-        for layer in group
-        for m in sorted(set(multipliers))
+        Setting(name, layer, m, group[layer]) for name, group in named.items() for layer in group for m in strengths
     ]
 
 
-def _at_layers(model: Model, vectors: VectorSet | SteeringVector, layers: Sequence[int] | None) -> VectorSet:
+def _at_layers(model: Model, vectors: VectorSet | SteeringVector, layers: Sequence[int] | None, what: str) -> VectorSet:
+    if not isinstance(vectors, (VectorSet, SteeringVector)):
+        raise InputError(
+            f"{what} takes a VectorSet or a SteeringVector, got {type(vectors).__name__}; VectorSet([...]) makes one of the "
+            "vectors of several layers."
+        )
     flatten(model, vectors)
-    if layers is not None:
-        layers = check_layers(model, list(layers))
     if isinstance(vectors, SteeringVector):
         return VectorSet([vectors.at_layer(layer) for layer in layers or [vectors.layer]])
     return vectors if layers is None else VectorSet([vectors[layer] for layer in layers])
@@ -162,6 +173,7 @@ def run_items(
         InputError: positions that fit one prompt only, an open `steer` context, a store of another run, or a function that is given
             with a store and whose content cannot be told.
     """
+    batch_size = require_count("batch_size", batch_size)
     made = describe_run(
         model,
         settings,

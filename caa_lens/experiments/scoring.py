@@ -117,7 +117,7 @@ class Letter(Metric):
         letters = self.letters(pair)
         sides = [template.encode(tokenizer, pair.prompt, pair.answer(letter)) for letter in letters]
         rows = [side.ids for side in sides]
-        answer = next(i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1)
+        answer = next((i for i, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), 0)
         tokens = tuple(row[answer] for row in rows)
         if len(set(tokens)) < len(tokens):
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,8 @@ from caa_lens.files import atomic_path, claim_folder, digest, is_claimed, write_
 from caa_lens.workers import is_main, on_main, require_same
 
 Item = TypeVar("Item")
+
+_ITEM = re.compile(r"item-(\d{6,})\.json")  # others in the folder are not the store's
 
 
 class ItemStore(Generic[Item]):
@@ -45,22 +48,47 @@ class ItemStore(Generic[Item]):
         require_same(signature, what)
         # Read by one process for all: they must agree on what is missing while one of them already adds to it.
         opened = on_main(lambda: self._open(signature, made, what))
-        self.found: dict[int, Item] = {number: decode(item) for number, item in opened.items()}
+        self.found: dict[int, Item] = {number: self._decoded(number, decode, item) for number, item in opened.items()}
 
     def _open(self, signature: str, made: dict[str, Any], what: str) -> dict[int, Any]:
         if self.folder is None:
             return {}
         about = self.folder / "about.json"
+        files = {int(name[1]): file for file in self.folder.glob("item-*.json") if (name := _ITEM.fullmatch(file.name))}
         if not is_claimed(about, signature, what):
+            if files:
+                raise InputError(
+                    f"{self.folder} holds items, but {about.name} is not there to say of which {what}; give another folder."
+                )
             claim_folder(about, signature, made)
-        files = self.folder.glob("item-*.json")
-        return {int(file.stem.removeprefix("item-")): json.loads(file.read_text(encoding="utf-8")) for file in files}
+        return {number: _read(file) for number, file in files.items()}
+
+    def _decoded(self, number: int, decode: Callable[[Any], Item], item: Any) -> Item:
+        try:
+            return decode(item)
+        except (TypeError, ValueError) as error:
+            raise _damaged(self._file(number), error) from error
+
+    def _file(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"item-{number:06d}.json"
 
     def add(self, number: int, item: Item) -> None:
         """Keeps a finished item; the main process writes it."""
         self.found[number] = item
         if self.folder is not None and is_main():
-            write_json(self.folder / f"item-{number:06d}.json", self.encode(item), indent=None)
+            write_json(self._file(number), self.encode(item), indent=None)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> InputError:
+    return InputError(f"{file} cannot be read ({error}); delete this file and run again.")
 
 
 def save_table(items: pd.DataFrame, provenance: dict[str, Any], path: str | os.PathLike[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from caa_lens.arguments import Layers, Multipliers, require_options, require_pairs
 from caa_lens.errors import InputError
 from caa_lens.experiments.grid import Text
 from caa_lens.experiments.result import SweepResult
@@ -27,6 +28,9 @@ from caa_lens.prompts import Template
 from caa_lens.vector import SteeringVector
 from caa_lens.vector_set import VectorSet
 
+NOT_OPTIONS = ("label", "parts")
+"""What `sweep` itself says to `run_items`."""
+
 System = str | Template | None
 """A way to prompt: a system prompt (None for none given), or a whole template."""
 
@@ -37,7 +41,7 @@ def score(
     vector: SteeringVector | None = None,
     *,
     metric: MetricName | None = None,
-    multipliers: Sequence[float] = (-1.0, 0.0, 1.0),
+    multipliers: Multipliers = (-1.0, 0.0, 1.0),
     **options: Any,
 ) -> SweepResult:
     """Scores held-out pairs before and after steering with one vector: a `sweep` of its layer alone.
@@ -53,8 +57,22 @@ def score(
     Raises:
         InputError: as in `sweep`.
     """
+    require_pairs("score", pairs)
     if vector is None:
-        return _run(model, [UNSTEERED], pairs, metric_for(pairs, metric), **options)
+        kept = dict(options)
+        layers, controls, others = (kept.pop(name, None) for name in ("layers", "controls", "others"))
+        if layers is not None or controls or others:
+            raise InputError(
+                "layers=, controls= and others= need a vector; give one, score(model, pairs, vector), or leave them out to score "
+                "the unsteered model."
+            )
+        require_options("score", kept, _run, run_items, but=NOT_OPTIONS)
+        return _run(model, [UNSTEERED], pairs, metric_for(pairs, metric), **kept)
+    if not isinstance(vector, SteeringVector):
+        raise InputError(
+            f"score takes one SteeringVector, got {type(vector).__name__}; take the vector of a layer, vectors[14], or run a "
+            "set with sweep(model, vectors, pairs)."
+        )
     return sweep(model, VectorSet([vector]), pairs, metric=metric, multipliers=multipliers, **options)
 
 
@@ -63,11 +81,11 @@ def sweep(
     vectors: VectorSet | SteeringVector,
     pairs: PairSet,
     *,
-    layers: Sequence[int] | None = None,
-    multipliers: Sequence[float] = (-1.0, 0.0, 1.0),
+    layers: Layers | None = None,
+    multipliers: Multipliers = (-1.0, 0.0, 1.0),
     metric: MetricName | None = None,
     controls: bool | int = False,
-    others: Mapping[str, VectorSet] | None = None,
+    others: Mapping[str, VectorSet | SteeringVector] | None = None,
     **options: Any,
 ) -> SweepResult:
     """Scores pairs at every layer and multiplier, exactly, without running what does not depend on them again.
@@ -82,7 +100,7 @@ def sweep(
         metric: `"letter"`, `"letter_published"` or `"logprob"`; by default by the kind of the pairs.
         controls: also run norm-matched controls: a number of random directions (True: 3) and the label-shuffled, letter and
             letter-balanced vectors that the vectors carry from `extract`.
-        others: further vectors to run beside, at the same norm: another behaviour's, by name.
+        others: further vectors to run beside, at the same norm: another behaviour's, by name; one `SteeringVector` as in `vectors`.
         systems: ways to prompt, by name, each to run everything with: a system prompt in place of the template's own (None stands
             for none given), or a whole `Template`, such as one with worked examples. `pairs.system_prompts` holds the system
             prompts of a built-in behaviour, `prompting` all baselines of a set. The table gets a column `system`.
@@ -94,15 +112,17 @@ def sweep(
         progress: show a progress bar.
 
     Raises:
-        InputError: an empty grid, an item that the metric cannot score, a prompt used in training, vectors that do
-            not fit, a system prompt or turn that a template does not write, a `steer` context that is still open; all before the
-            model runs.
+        InputError: an empty grid, an argument of another kind, an unknown option, an item that the metric cannot score, a prompt
+            used in training, vectors that do not fit, a system prompt or turn that a template does not write, an open `steer`
+            context; all before the model runs.
         MissingError: a layer that the vectors do not have.
 
     Example:
         >>> result = caa.sweep(model, vectors, held_out, layers=range(10, 20), controls=True)  # doctest: +SKIP
         >>> result.best(), result.verdict()  # doctest: +SKIP
     """
+    require_pairs("sweep", pairs)
+    require_options("sweep", options, _run, run_items, but=NOT_OPTIONS)
     settings = settings_for(
         model,
         vectors,
@@ -174,6 +194,10 @@ def under_systems(tokenizer: Any, template: Template, systems: Mapping[str, Syst
     Raises:
         InputError: no system, an empty system prompt, or a template that leaves a system prompt or a turn out of the text.
     """
+    if not isinstance(systems, Mapping):
+        raise InputError(
+            f"systems= takes ways to prompt by name, {{'none': None, 'kind': 'Be kind.'}}; got {type(systems).__name__}."
+        )
     if not systems:
         raise InputError("systems={} is an empty grid; leave it out, or give {'none': None, 'positive': '...'}.")
     written: dict[str | None, Template] = {}

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from caa_lens.arguments import Layers, as_integers
 from caa_lens.errors import InputError, MissingError
 from caa_lens.models import bridge, hooked
 from caa_lens.models.base import Basis, Branch, Host, Inputs, Model, Prefix, select_positions
@@ -131,14 +132,14 @@ def device_of(model: Model) -> torch.device:
     return cast(torch.device, next(model.embed.parameters()).device)
 
 
-def check_layers(model: Model, layers: Sequence[int]) -> list[int]:
+def check_layers(model: Model, layers: Layers) -> list[int]:
     """Layers as 0-based indices, ascending and unique; negative ones count from the end.
 
     Raises:
         MissingError: a layer is out of range.
-        InputError: no layer.
+        InputError: no layer, or something that is no whole number.
     """
-    n_layers = model.cfg.n_layers
+    n_layers, layers = model.cfg.n_layers, as_integers("layers", layers)
     out_of_range = [layer for layer in layers if not -n_layers <= layer < n_layers]
     if out_of_range:
         raise MissingError(
