@@ -11,6 +11,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory does not suffice: a GPU's, Python's, or that of PyTorch's allocator on the CPU, which is a
+    plain `RuntimeError`."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
 class Chunks:
     """Runs a function over pieces of a sequence; what was found to fit is remembered from call to call.
 
@@ -32,15 +40,15 @@ class Chunks:
             size: of one item, in the budget's units.
 
         Raises:
-            torch.OutOfMemoryError, MemoryError: a single item does not fit.
+            torch.OutOfMemoryError, MemoryError, RuntimeError: a single item does not fit.
         """
         found: list[Result] = []
         while len(found) < len(items):
             chunk = items[len(found) : len(found) + max(1, self.budget // size)]
             try:
                 found += run(chunk)
-            except (torch.OutOfMemoryError, MemoryError):
-                if len(chunk) == 1:
+            except (RuntimeError, MemoryError) as error:
+                if len(chunk) == 1 or not out_of_memory(error):
                     raise
                 self.budget = len(chunk) // 2 * size
         return found

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from caa_lens.activations import PairActivations, open_store, read_shard, write_shard
 from caa_lens.arguments import Layers, require_count, require_pairs
+from caa_lens.chunks import Chunks
 from caa_lens.directions import Moments, control_weights
 from caa_lens.errors import InputError
 from caa_lens.files import digest
@@ -227,6 +228,7 @@ class _Reader:
         ]
         first_read = min(span.start for both in self.spans for span in both)
         self.prefixes = PrefixRunner(model, common_head(sides, limit=first_read)) if share_prefix else None
+        self.pairs_together = Chunks(len(plan.batches[0]))
         self.weights: Tensor | None = None  # [row, pos]: what each column counts for in the row's reading
         self.found: dict[int, Tensor] = {}
 
@@ -235,8 +237,13 @@ class _Reader:
             weights = self.weights.to(activations.device)
             self.found[layer] = torch.einsum("rp,rpd->rd", weights, activations.float()).cpu()
 
-    @torch.no_grad()
     def read(self, index: Sequence[int]) -> PairActivations:
+        """The activations of a batch of pairs; fewer are run together where memory does not suffice."""
+        read = torch.stack(self.pairs_together.map(self._sides, index, size=1))
+        return PairActivations(tuple(index), read[:, 0].contiguous(), read[:, 1].contiguous())
+
+    @torch.no_grad()
+    def _sides(self, index: Sequence[int]) -> list[Float[Tensor, "side layer d_model"]]:
         pairs, read = [self.plan.encoded[i] for i in index], [self.spans[i] for i in index]
         # All positive sides, then all negative ones: two copies of the pairs' prefixes.
         sides = [pair.positive for pair in pairs] + [pair.negative for pair in pairs]
@@ -247,8 +254,7 @@ class _Reader:
             # Where the sides of a pair have nothing in common any more, or are read.
             starts = [min(pair.answer, *(span.start for span in both)) for pair, both in zip(pairs, read, strict=True)]
             found = self._run(sides, spans, starts if self.prefixes is not None else [0] * len(pairs))
-        positive, negative = found.split(len(pairs))
-        return PairActivations(tuple(index), positive, negative)
+        return list(torch.stack(found.split(len(pairs)), 1))
 
     def _run(
         self, sides: Sequence[Prompt], spans: Sequence[range], starts: Sequence[int]
@@ -265,8 +271,10 @@ class _Reader:
             self.weights = torch.zeros(mask.shape)
             for row, (span, start) in enumerate(zip(spans, starts, strict=True)):
                 self.weights[row, span.start - start : span.stop - start] = 1 / len(span)
-            run(self.model, tokens, mask, past=past, stop_at_layer=self.stop)
-        self.weights = None
+            try:
+                run(self.model, tokens, mask, past=past, stop_at_layer=self.stop)
+            finally:
+                self.weights = None
         return torch.stack([self.found.pop(layer) for layer in self.plan.layers], 1)
 
 

@@ -209,13 +209,21 @@ def patch(
     baseline, reference = torch.zeros(n), torch.zeros(n)
     order = sorted(range(n), key=lambda i: len(cases[i].target.ids))
     with tqdm(total=n * len(columns), desc="patch", unit="position", disable=not progress) as bar:
-        for start in range(0, n, batch_size):
-            index = order[start : start + batch_size]
-            runs = PatchedRuns(model, [cases[i] for i in index], patches, chunks)
-            baseline[index], reference[index] = runs.target, runs.source
-            for number, values in runs.run([column.of(index) for column in columns]):
-                patched[index, :, number] = values
-                bar.update(len(index))
+
+        def fill(index: Sequence[int]) -> Sequence[int]:
+            before = bar.n
+            try:
+                runs = PatchedRuns(model, [cases[i] for i in index], patches, chunks)
+                baseline[index], reference[index] = runs.target, runs.source
+                for number, values in runs.run([column.of(index) for column in columns]):
+                    patched[index, :, number] = values
+                    bar.update(len(index))
+            except Exception:  # out of memory, and begun again with fewer cases
+                bar.update(before - bar.n)
+                raise
+            return index
+
+        Chunks(batch_size).map(fill, order, size=1)
     return PatchResult(
         patched,
         baseline,

@@ -63,9 +63,10 @@ def grid_logprobs(
         texts: what to score; all their target tokens are flattened into one axis, in order.
         vectors: one setting each, already scaled; None is the unsteered model.
         positions, operator, strength: as in `steer`.
-        batch_size: texts run together; memory is bounded by it and by `BRANCH_TOKENS`, results do not depend on it.
+        batch_size: texts run together; memory is bounded by it and by `BRANCH_TOKENS`, both halved when it does not suffice;
+            results do not depend on them.
     """
-    runner = _Runner(model, texts, vectors, positions, operator, strength)
+    runner = _Runner(model, texts, vectors, positions, operator, strength, batch_size)
     batch_size = 1 if runner.alone else batch_size
     order = sorted(range(len(texts)), key=runner.length)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -82,10 +83,11 @@ class _Runner:
         positions: Positions,
         operator: Operator,
         strength: float,
+        batch_size: int,
     ) -> None:
         self.model, self.texts, self.vectors, self.device = model, texts, vectors, device_of(model)
         self.positions, self.operator, self.strength = positions, operator, strength
-        self.chunks = Chunks(BRANCH_TOKENS)
+        self.texts_together, self.branches_together = Chunks(batch_size), Chunks(BRANCH_TOKENS)
         self.alone = has_hooks(model)  # a user's hooks act as in a pass over the whole text, and no other
         self.starts = [self.first_steered(text) for text in texts]
         head = common_head([text.ids for text in texts], limit=min(self.starts)) if texts else ()
@@ -108,8 +110,12 @@ class _Runner:
         first_read = text.targets[0][0] - 1
         return min(int(on[0]) if len(on) else first_read, first_read)
 
-    @torch.no_grad()
     def run(self, index: Sequence[int]) -> list[Tensor]:
+        """Each text's log-probabilities; fewer texts together where memory does not suffice for one branch of them."""
+        return self.texts_together.map(self._run, index, size=1)
+
+    @torch.no_grad()
+    def _run(self, index: Sequence[int]) -> list[Tensor]:
         texts, starts = [self.texts[i] for i in index], [self.starts[i] for i in index]
         past = self.prefixes.run([text.ids[:start] for text, start in zip(texts, starts, strict=True)])
         # The last target's own token is predicted, not run.
@@ -127,7 +133,9 @@ class _Runner:
         def run_some(chunk: Sequence[Branch]) -> list[Tensor]:
             return run_branches(self.model, tokens, mask, chunk, readout, at=at, past=past)
 
-        found = self.chunks.map(run_some, branches, size=tokens.numel())  # one [text, target] tensor a branch
+        found = self.branches_together.map(
+            run_some, branches, size=tokens.numel()
+        )  # one [text, target] tensor a branch
         counts = [sum(len(ids) for _, ids in text.targets) for text in texts]
         whole = torch.stack(found)
         return [whole[:, row, :count].clone() for row, count in enumerate(counts)]
