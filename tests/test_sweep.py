@@ -240,6 +240,18 @@ def test_refused_before_the_model_runs(model, vectors, pairs, call, message, mon
         call(model, vectors, held_out)
 
 
+def test_a_setting_that_overflows_leaves_the_others_alone(kind, byte_tokenizer, vectors, held_out):
+    half = as_lens(kind, tiny_llama(len(byte_tokenizer)).half(), byte_tokenizer)
+
+    def values(**options):
+        items = caa.sweep(half, vectors, held_out, progress=False, **options).items
+        return items.set_index(["item", "layer", "multiplier"])["value"].sort_index()
+
+    alone, beside = values(multipliers=(-1, 0, 1)), values(multipliers=(-1, 0, 1, 1e6))
+    assert beside.xs(1e6, level="multiplier").isna().all()
+    np.testing.assert_allclose(beside.drop(1e6, level="multiplier"), alone, atol=0.02)
+
+
 def test_arrays_and_single_numbers_are_taken(model, vectors, held_out):
     def items(**options):
         return caa.sweep(model, vectors[1], held_out[:2], progress=False, **options).items

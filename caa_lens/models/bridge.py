@@ -93,7 +93,7 @@ def run_branches(
         return [
             found
             for first in range(0, len(branches), together)
-            for found in _run_segments(model, tokens, mask, past, branches[first : first + together], readout, at)
+            for found in _run_apart(model, tokens, mask, past, branches[first : first + together], readout, at)
         ]
     index = torch.arange(tokens.shape[0], device=tokens.device).repeat(len(branches))
     with _branching(model, branches, tokens.shape[0], 0) as read:
@@ -108,6 +108,28 @@ def _takes_segments(model: Model) -> bool:
     whole = all(k == "full_attention" for k in kinds) if kinds else not getattr(config, "sliding_window", None)
     positions = str(getattr(model.cfg, "positional_embedding_type", None))
     return whole and positions in ("rotary", "standard")
+
+
+def _run_apart(
+    model: Model,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    past: Prefix,
+    branches: Sequence[Branch],
+    readout: Callable[[Float[Tensor, "batch read d_vocab"]], Tensor],
+    at: Int[Tensor, "batch read"],
+) -> list[Tensor]:
+    """Segments none of which spoils another. One that overflows reaches its neighbours through the mask (0 * NaN = NaN), so that
+    what is not finite is run again in halves, until it is by itself."""
+    found = _run_segments(model, tokens, mask, past, branches, readout, at)
+    if len(branches) == 1 or all(bool(each.isfinite().all()) for each in found):
+        return found
+    middle = len(branches) // 2
+    return [
+        each
+        for half in (branches[:middle], branches[middle:])
+        for each in _run_apart(model, tokens, mask, past, half, readout, at)
+    ]
 
 
 def _run_segments(
