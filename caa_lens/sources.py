@@ -113,7 +113,7 @@ def _read_records(path: Path) -> Iterator[tuple[str, Any]]:
             for item, record in enumerate(json.loads(text)):
                 yield f"{path}, item {item}", record
         else:
-            for number, line in enumerate(text.splitlines(), 1):
+            for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
                     yield f"{path}, line {number}", json.loads(line)
     except json.JSONDecodeError as error:

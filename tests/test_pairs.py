@@ -97,6 +97,14 @@ def test_bad_files_name_file_line_key_and_remedy(tmp_path, text, message):
     assert "bad" in str(error.value)
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0c", "\x1c"])
+def test_only_a_newline_ends_a_line(tmp_path, mark):
+    record = {"prompt": f"a{mark}b", "positive": "x", "negative": "y"}
+    line = json.dumps(record, ensure_ascii=False) if mark > "\x1f" else json.dumps(record)
+    loaded = caa.load_pairs(write(tmp_path / "u.jsonl", f"{line}\r\n\n{line}\n"))
+    assert [pair.prompt for pair in loaded] == [f"a{mark}b"] * 2
+
+
 def test_unknown_name_lists_the_built_in_ones():
     with pytest.raises(caa.MissingError, match="formality"):
         caa.load_pairs("formalty")
