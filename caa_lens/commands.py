@@ -16,6 +16,7 @@ from rich.text import Text
 import caa_lens as caa
 from caa_lens.experiments.report import estimate, memory, study_of, write_page, write_published
 from caa_lens.experiments.report import reproduce as run_study
+from caa_lens.experiments.store import table_path
 from caa_lens.token_text import number
 from caa_lens.workers import is_main
 
@@ -124,6 +125,8 @@ def sweep(arguments: Any) -> None:
 
 
 def _measure(arguments: Any, held_out: caa.PairSet, *, layers: Sequence[int] | None, controls: bool) -> None:
+    if arguments.save:
+        table_path(arguments.save)  # refused before the run, not behind it
     vectors = caa.load_vectors(arguments.vectors)
     systems = held_out.system_prompts if arguments.systems else None
     others = {name: caa.load_vectors(file) for name, file in arguments.others}
@@ -142,11 +145,11 @@ def _measure(arguments: Any, held_out: caa.PairSet, *, layers: Sequence[int] | N
         seed=arguments.seed,
         store=arguments.store,
     )
-    if arguments.save and is_main():
-        result.save(arguments.save)
     console.print(_score_table(result))
     if len(set(arguments.multipliers)) > 1:
         console.print(result.verdict())
+    if arguments.save and is_main():
+        result.save(arguments.save)
 
 
 def demo(arguments: Any) -> None:

@@ -47,6 +47,17 @@ def write_json(path: str | os.PathLike[str], content: Any, *, indent: int | None
         temporary.write_text(json.dumps(content, ensure_ascii=False, indent=indent), encoding="utf-8")
 
 
+def require_room_for(path: Path) -> None:
+    """Refuses a path below a file.
+
+    Raises:
+        InputError: names the file.
+    """
+    stands = next(place for place in path.absolute().parents if place.exists())
+    if not stands.is_dir():
+        raise InputError(f"{stands} is a file, not a folder to keep results in; give another path.")
+
+
 def claim_folder(file: Path, signature: str, about: Mapping[str, Any]) -> None:
     """Marks the folder of `file` as the one of a run: its signature and what it was asked."""
     write_json(file, {"signature": signature, **about})
@@ -59,9 +70,7 @@ def is_claimed(file: Path, signature: str, what: str) -> bool:
     Raises:
         InputError: it belongs to another run; `what` names such a run. A file stands where the folder should be.
     """
-    stands = next(place for place in file.parents if place.exists())
-    if not stands.is_dir():
-        raise InputError(f"{stands} is a file, not a folder to keep results in; give another path.")
+    require_room_for(file)
     if not file.exists():
         return False
     try:

@@ -48,6 +48,25 @@ def test_extract_generate_score_sweep(folder, capsys):
     assert table.read_text().startswith("item,key,vector,layer")
 
 
+def test_a_table_that_cannot_be_saved_loses_nothing(folder, capsys, monkeypatch):
+    vectors = folder / "saved.safetensors"
+    assert run(folder, "extract", "--pairs", "formality", "--out", vectors, "--layers", 1) == 0
+    asked = ("--vectors", vectors, "--layers", 1, "--held-out", 3, "--save")
+    with monkeypatch.context() as patched:
+        patched.setattr(caa, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+        assert run(folder, "sweep", *asked, folder / "t.xlsx") == 1
+        assert "t.xlsx: allowed suffixes are .parquet, .json and .csv" in capsys.readouterr().err
+        assert run(folder, "sweep", *asked, vectors / "t.csv") == 1
+        assert "saved.safetensors is a file, not a folder" in capsys.readouterr().err
+
+    def full(self, path):
+        raise caa.InputError("the disk is full")
+
+    monkeypatch.setattr(caa.SweepResult, "save", full)
+    assert run(folder, "sweep", *asked, folder / "t.csv") == 1
+    assert "nats per token" in capsys.readouterr().out
+
+
 def test_other_behaviours_and_system_prompts(folder, capsys):
     tone, mood = folder / "tone.safetensors", folder / "mood.safetensors"
     for pairs, out in (("formality", tone), ("sentiment", mood)):

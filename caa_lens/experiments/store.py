@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import pandas as pd
 
 from caa_lens.errors import InputError
-from caa_lens.files import atomic_path, claim_folder, digest, is_claimed, write_json
+from caa_lens.files import atomic_path, claim_folder, digest, is_claimed, require_room_for, write_json
 from caa_lens.workers import is_main, on_main, require_same
 
 Item = TypeVar("Item")
@@ -91,15 +91,26 @@ def _damaged(file: Path, error: Exception) -> InputError:
     return InputError(f"{file} cannot be read ({error}); delete this file and run again.")
 
 
+def table_path(path: str | os.PathLike[str]) -> Path:
+    """Where a table can be saved, by the suffix.
+
+    Raises:
+        InputError: another suffix, or a file where its folder should be.
+    """
+    target = Path(path)
+    require_room_for(target)
+    if target.suffix not in (".parquet", ".json", ".csv"):
+        raise InputError(f"{target.name}: allowed suffixes are .parquet, .json and .csv.")
+    return target
+
+
 def save_table(items: pd.DataFrame, provenance: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes a table with its provenance: `.parquet`, `.json` or `.csv` (without it) by the suffix, whole or not at all.
 
     Raises:
         InputError: another suffix.
     """
-    target = Path(path)
-    if target.suffix not in (".parquet", ".json", ".csv"):
-        raise InputError(f"{target.name}: allowed suffixes are .parquet, .json and .csv.")
+    target = table_path(path)
     with atomic_path(target) as temporary:
         if target.suffix == ".parquet":
             table = items.copy()
