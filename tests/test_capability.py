@@ -193,6 +193,10 @@ def test_paired_change_finds_a_change_and_knows_its_least_p():
     ("call", "message"),
     [
         (lambda m, v, q: caa.capability(m, q, v, multipliers=()), "an empty grid"),
+        (lambda m, v, q: caa.capability(m, q, v, multipliers=(0,)), "give a multiplier other than 0"),
+        (lambda m, v, q: caa.text_loss(m, TEXT, v, multipliers=0), "give a multiplier other than 0"),
+        (lambda m, v, q: caa.text_loss(m, __file__, v), "is the name of a file; give Path"),
+        (lambda m, v, q: caa.learning_curve(m, q, sizes=[]), "sizes=.* is empty"),
         (
             lambda m, v, q: caa.capability(m, caa.load_pairs([("p", "Yes, sir.", "No, sir.")]), v),
             "are no answer letters",

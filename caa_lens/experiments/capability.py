@@ -16,6 +16,7 @@ Source of the two-choice form: Rimsky et al., arXiv:2312.06681, section 7 (MMLU 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,8 +236,8 @@ def text_loss(
         A `CapabilityResult` with the measure `loss`, in nats per token, one item a window.
 
     Raises:
-        InputError: a file that cannot be read, a text of fewer than two tokens, a window outside 2 to the context,
-            positions that depend on an instruction; before the model runs.
+        InputError: a file that cannot be read, the name of a file in place of its `Path`, a text of fewer than two tokens, a window
+            outside 2 to the context, positions that depend on an instruction, no multiplier but 0; before the model runs.
     """
     if isinstance(positions, str) and (needs_marker(positions) or positions == "last"):
         raise InputError(
@@ -277,11 +278,19 @@ def text_loss(
 
 
 def _with_zero(multipliers: Multipliers) -> list[float]:
-    return [0.0, *as_numbers("multipliers", multipliers)]
+    """The strengths to compare, and the unsteered model."""
+    strengths = as_numbers("multipliers", multipliers)
+    if not any(strengths):
+        raise InputError(
+            "multipliers=0 is the unsteered model, which is always run to compare with; give a multiplier other than 0."
+        )
+    return [0.0, *strengths]
 
 
 def _read(text: str | Path) -> str:
     if isinstance(text, str):
+        if os.path.isfile(text):
+            raise InputError(f"text={text!r} is the name of a file; give Path({text!r}) to measure what it holds.")
         return text
     try:
         return text.read_text(encoding="utf-8")
