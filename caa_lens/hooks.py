@@ -118,8 +118,9 @@ def steering_hooks(
     """Plain TransformerLens hooks that steer, for `run_with_hooks` or `model.hooks`, beside your own.
 
     Plain hooks see activations, not tokens, so a choice of positions that depends on the prompt needs `tokens=`. Such
-    hooks serve one prompt and its cached continuation; a forward pass as long as the prompt starts them anew.
-    `steer` needs none of this.
+    hooks serve one prompt and its cached continuation; a forward pass as long as the prompt starts them anew. A prompt of one token
+    looks like a step of its continuation: every pass of one token behind the first is taken for such a step, so make new
+    hooks to run the prompt again. `steer` needs none of this.
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge`.

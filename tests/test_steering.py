@@ -233,6 +233,20 @@ def test_plain_hooks_equal_the_context(model, vectors):
         caa.steering_hooks(model, vectors[1], tokens=tokens[:, :5])
 
 
+def test_plain_hooks_take_a_second_pass_of_one_token_for_a_continuation(model, vectors):
+    """They cannot tell it from the prompt again, as `steer` can; the docstring says so."""
+    prompt, plain = torch.tensor([[9]]), model(torch.tensor([[9]]))
+    steered = model.run_with_hooks(prompt, fwd_hooks=caa.steering_hooks(model, vectors[0], positions="all"))
+    hooks = caa.steering_hooks(model, vectors[0], positions="last", tokens=prompt)
+    torch.testing.assert_close(model.run_with_hooks(prompt, fwd_hooks=hooks), steered)
+    torch.testing.assert_close(model.run_with_hooks(prompt, fwd_hooks=hooks), plain)
+    again = caa.steering_hooks(model, vectors[0], positions="last", tokens=prompt)
+    torch.testing.assert_close(model.run_with_hooks(prompt, fwd_hooks=again), steered)
+    with caa.steer(model, vectors[0], positions="last"):
+        for _ in range(2):
+            torch.testing.assert_close(model(prompt), steered)
+
+
 def test_plain_hooks_follow_a_cached_continuation(model, vectors):
     row = prompts(model, completion="Well.")[1]
     prompt, rest = row.ids[: row.completion_start], row.ids[row.completion_start :]
