@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,37 +23,29 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from caa_lens.activations import PairActivations, open_store, read_shard, write_shard
-from caa_lens.arguments import Layers, require_count, require_pairs
+from caa_lens.arguments import Layers
 from caa_lens.chunks import Chunks
 from caa_lens.directions import Moments, control_weights
-from caa_lens.errors import InputError
+from caa_lens.extraction_plan import ExtractionPlan, Read, plan_extraction, positions_read
 from caa_lens.files import digest
-from caa_lens.hooks import template_for
 from caa_lens.models import (
     Model,
-    ModelInfo,
     capture_hooks,
-    check_layers,
-    describe,
     device_of,
     has_hooks,
     hooks,
     model_state,
     pad,
     run,
-    tokenizer_of,
-    weight_basis,
 )
 from caa_lens.pairs import PairSet
 from caa_lens.positions import is_steered, known_prompts
 from caa_lens.prefixes import PrefixRunner, common_head
-from caa_lens.prompts import EncodedPair, Prompt, Template
+from caa_lens.prompts import Prompt, Template
 from caa_lens.provenance import Provenance
 from caa_lens.vector import SteeringVector
 from caa_lens.vector_set import VectorSet
 from caa_lens.workers import is_main, on_main, require_same, shared_map
-
-Read = Literal["answer", "completion_mean", "last"] | int
 
 
 def extract(
@@ -103,61 +94,6 @@ def extract(
     for batch in iterate_activations(model, plan, share_prefix=share_prefix, store=store, progress=progress):
         moments.update(batch.positive, batch.negative, table[:, list(batch.index)])
     return _to_vectors(moments, plan, tuple(weights))
-
-
-@dataclass(frozen=True)
-class ExtractionPlan:
-    """Checked inputs of an extraction: encoded pairs, positions to read, batches of like length."""
-
-    pairs: PairSet
-    encoded: tuple[EncodedPair, ...]
-    layers: tuple[int, ...]
-    read: Read
-    template: Template
-    info: ModelInfo
-    basis: str
-    batches: tuple[tuple[int, ...], ...]
-
-    @property
-    def signature(self) -> str:
-        """Digest of everything but the model's state that the activations depend on, and of how they are cut into batches."""
-        name = self.info.name.rsplit("/", 1)[-1].lower()
-        pairs = [[pair.prompt, pair.positive, pair.negative] for pair in self.pairs]
-        ids = [[both.positive.ids, both.negative.ids] for both in self.encoded]
-        return digest([name, self.basis, pairs, ids, self.layers, self.read, self.template.hash, self.batches])
-
-
-def plan_extraction(
-    model: Model,
-    pairs: PairSet,
-    *,
-    layers: Layers | None = None,
-    read: Read | None = None,
-    template: Template | None = None,
-    batch_size: int = 16,
-) -> ExtractionPlan:
-    """Tokenises and checks everything before the model is run; arguments and errors as in `extract`."""
-    require_pairs("extract", pairs)
-    batch_size = require_count("batch_size", batch_size)
-    info, tokenizer, chosen = describe(model), tokenizer_of(model), template_for(model, template)
-    kept = check_layers(model, range(info.n_layers) if layers is None else layers)
-    short = all(len(text) <= 4 for pair in pairs for text in (pair.positive.strip(), pair.negative.strip()))
-    read = ("answer" if short else "completion_mean") if read is None else read
-    if not (read in ("answer", "completion_mean", "last") or (isinstance(read, int) and not isinstance(read, bool))):
-        raise InputError(f"read={read!r}: allowed are 'answer', 'completion_mean', 'last', or an integer position.")
-    encoded = tuple(chosen.encode_pair(tokenizer, pair) for pair in pairs)
-    for pair, both in zip(pairs, encoded, strict=True):
-        for side in (both.positive, both.negative):
-            info.require_room(pair.where, len(side.ids))
-            if isinstance(read, int) and not -len(side.ids) <= read < len(side.ids):
-                raise InputError(f"{pair.where}: read={read} lies outside its {len(side.ids)} tokens.")
-    # Pairs of like length share a batch: less padding, and the same sums in whatever order the pairs came. The longest come first:
-    # what does not fit fails at once, and later batches find room where longer ones were.
-    order = sorted(
-        range(len(pairs)), key=lambda i: (len(encoded[i].positive.ids), encoded[i].positive.ids), reverse=True
-    )
-    batches = tuple(tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size))
-    return ExtractionPlan(pairs, encoded, tuple(kept), read, chosen, info, weight_basis(model), batches)
 
 
 def iterate_activations(
@@ -224,7 +160,7 @@ class _Reader:
         self.stop = plan.layers[-1] + 1
         sides = [side.ids for pair in plan.encoded for side in (pair.positive, pair.negative)]
         self.spans = [
-            [_positions_read(plan.read, pair, side) for side in (pair.positive, pair.negative)] for pair in plan.encoded
+            [positions_read(plan.read, pair, side) for side in (pair.positive, pair.negative)] for pair in plan.encoded
         ]
         first_read = min(span.start for both in self.spans for span in both)
         self.prefixes = PrefixRunner(model, common_head(sides, limit=first_read)) if share_prefix else None
@@ -276,14 +212,6 @@ class _Reader:
             finally:
                 self.weights = None
         return torch.stack([self.found.pop(layer) for layer in self.plan.layers], 1)
-
-
-def _positions_read(read: Read, pair: EncodedPair, side: Prompt) -> range:
-    """The token indices whose mean is read, of one side."""
-    if read == "completion_mean":
-        return range(side.completion_start, len(side.ids))
-    position = pair.answer if read == "answer" else (-1 if read == "last" else read) % len(side.ids)
-    return range(position, position + 1)
 
 
 def _to_vectors(moments: Moments, plan: ExtractionPlan, control_names: Sequence[str]) -> VectorSet:

@@ -5,7 +5,8 @@ import torch
 from conftest import as_lens, relative_error, tiny_llama
 
 import caa_lens as caa
-from caa_lens.extraction import iterate_activations, plan_extraction
+from caa_lens.extraction import iterate_activations
+from caa_lens.extraction_plan import plan_extraction
 from caa_lens.models import run
 
 MULTIPLE_CHOICE = [

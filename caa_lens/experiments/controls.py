@@ -20,7 +20,8 @@ import torch
 from caa_lens.arguments import as_integers, require_options, require_pairs
 from caa_lens.directions import Moments, cosine
 from caa_lens.errors import InputError
-from caa_lens.extraction import iterate_activations, plan_extraction
+from caa_lens.extraction import iterate_activations
+from caa_lens.extraction_plan import plan_extraction
 from caa_lens.models import Model
 from caa_lens.pairs import PairSet
 from caa_lens.vector import SteeringVector

@@ -25,7 +25,7 @@ import torch
 import caa_lens as caa
 from caa_lens.experiments.grid import grid_logprobs
 from caa_lens.experiments.scoring import Letter
-from caa_lens.extraction import plan_extraction
+from caa_lens.extraction_plan import plan_extraction
 from caa_lens.models import pad, run
 from caa_lens.models.checkpoints import EMBEDDED, load_checkpoint
 from caa_lens.models.loading import from_checkpoint
