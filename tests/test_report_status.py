@@ -25,7 +25,7 @@ LETTER = Finding("not shown", "Effect. NOT SHOWN: the control 'letter' of the sa
 
 
 def effect(ends, **rest):
-    return {"effect": sum(ends) / 2, "effect_low": ends[0], "effect_high": ends[1], **rest}
+    return {"effect": sum(ends) / 2, "effect_low": ends[0], "effect_high": ends[1], "n": 20, **rest}
 
 
 def effects(**by_name):
@@ -266,7 +266,7 @@ def test_under_every_system_prompt_and_with_every_step():
         "holds",
         f"System prompt 'none': {BEYOND.words}\nSystem prompt 'positive': {BEYOND.words}\n"
         "From one multiplier to the next, without a system prompt, the change of the mean score lies above zero at 1, not told "
-        "from zero at 1, below zero at 0.",
+        "from zero at 1.",
     )
     assert of(BEYOND, null)[0] == of(null, BEYOND)[0] == "mixed"
     assert of(null, LETTER)[0] == of(LETTER, LETTER)[0] == "not shown"
@@ -278,12 +278,15 @@ def test_under_every_system_prompt_and_with_every_step():
 
 def test_steps_are_of_items_against_themselves():
     """Answer keys weigh equally where the metric is balanced; other vectors do not count."""
-    values = {-1.0: (0.0, 0.0, 0.0), 0.0: (0.1, 0.1, 0.7), 2.0: (0.0, 0.0, 0.6)}
+    keys, values = (
+        "A" * 10 + "B" * 5,
+        {-1.0: {"A": 0.0, "B": 0.0}, 0.0: {"A": 0.1, "B": 0.7}, 2.0: {"A": 0.0, "B": 0.6}},
+    )
     rows = [
-        {"item": item, "key": "AAB"[item], "vector": vector, "layer": 1, "multiplier": m, "value": value * factor}
+        {"item": item, "key": key, "vector": vector, "layer": 1, "multiplier": m, "value": by_key[key] * factor}
         for vector, factor in (("random-0", 9), ("vector", 1))
-        for m, each in values.items()
-        for item, value in enumerate(each)
+        for m, by_key in values.items()
+        for item, key in enumerate(keys)
     ]
     table = steps(SweepResult(pd.DataFrame(rows), METRICS["letter"](), {}))
     assert table[["start", "end"]].to_numpy().tolist() == [[-1, 0], [0, 2]]

@@ -108,7 +108,7 @@ def by_system(findings: Mapping[str, Finding], rises: pd.DataFrame) -> tuple[Sta
         rises: of `steps`.
     """
     places = [of_interval(row.change_low, row.change_high) for row in rises.itertuples()]
-    counts = ", ".join(f"{PLACES[place]} at {places.count(place)}" for place in PLACES)
+    counts = ", ".join(f"{PLACES[place]} at {places.count(place)}" for place in PLACES if place in places)
     lines = [f"System prompt {name!r}: {finding.words}" for name, finding in findings.items()]
     lines.append(
         f"From one multiplier to the next, without a system prompt, the change of the mean score lies {counts}."
