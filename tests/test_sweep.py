@@ -312,7 +312,9 @@ def fake_result(slope, control, n=40, seed=0, layer=3):
 
 def test_verdicts():
     assert "NULL" in fake_result(0.0, 0.0).verdict()
-    assert "OPPOSITE" in fake_result(-1.0, 0.05).verdict()
+    assert "OPPOSITE, beyond every control" in fake_result(-1.0, 0.05).verdict()
+    assert "below zero, and no layer does better. NOT SHOWN" in fake_result(-0.5, 0.6).verdict()
+    assert fake_result(-0.5, 0.6).finding().status == "not shown"
     assert "NOT SHOWN" in fake_result(0.5, 0.6).verdict()
     assert "Beyond every control" in fake_result(1.0, 0.05).verdict()
     nulls = ["NULL" in fake_result(0.0, 0.0, seed=seed).verdict() for seed in range(40)]

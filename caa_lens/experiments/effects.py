@@ -11,7 +11,7 @@ Source for slopes and anti-steerability: Tan et al., "Analyzing the generalizati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -127,7 +127,7 @@ def largest_control(controls: pd.DataFrame, measure: str = "effect") -> Any:
 
 
 def finding_on(effects: pd.DataFrame, subject: str, *, unit: str) -> Finding:
-    """Whether the effect at the best layer is beyond zero and beyond every control, as a word and in words.
+    """Whether the effect at the best layer is beyond zero and beyond every control, either way, as a word and in words.
 
     The controls count at every layer that the best one was chosen from.
 
@@ -143,19 +143,22 @@ def finding_on(effects: pd.DataFrame, subject: str, *, unit: str) -> Finding:
     )
     if why := why_undecided(best["effect"], best["effect_low"]):
         return Finding("undecided", f"{what}. {why}")
-    if best["effect_high"] < 0:
-        return Finding("opposite", f"{what}. OPPOSITE: the interval lies below zero, and no layer does better.")
-    if best["effect_low"] <= 0:
+    if best["effect_low"] <= 0 <= best["effect_high"]:
         return Finding("null", f"{what}. NULL: the interval includes zero.")
+    if best["effect_high"] < 0:
+        what = f"{what}. The interval lies below zero, and no layer does better"
     # The letter-balanced vector is a variant of the vector, not a null.
     controls = effects[~effects["vector"].isin(["vector", "letter-balanced"]) & (effects["n"] > 0)]
-    if controls.empty:
-        return Finding("no controls", f"{what}. The interval excludes zero; no controls were run (controls=True).")
-    return _beside(controls, what, best["effect_low"], n_layers)
+    if not controls.empty:
+        return _beside(controls, what, best, n_layers)
+    if best["effect_high"] < 0:
+        return Finding("opposite", f"{what}. OPPOSITE; no controls were run (controls=True).")
+    return Finding("no controls", f"{what}. The interval excludes zero; no controls were run (controls=True).")
 
 
-def _beside(controls: pd.DataFrame, what: str, effect_low: float, n_layers: int) -> Finding:
-    """The finding of an effect above zero, the best of `n_layers`, beside the largest of its controls at these."""
+def _beside(controls: pd.DataFrame, what: str, best: Mapping[str, Any], n_layers: int) -> Finding:
+    """The finding of an effect that is not zero, the best of `n_layers`, beside the largest of its controls at these."""
+    reach = min(abs(best["effect_low"]), abs(best["effect_high"]))
     largest = largest_control(controls)
     control, size = repr(largest["vector"]), float(largest["effect"])
     at, anywhere = "", ""
@@ -164,14 +167,16 @@ def _beside(controls: pd.DataFrame, what: str, effect_low: float, n_layers: int)
         anywhere = f" at any of the {n_layers} layers that this one was chosen from"
     if why := why_undecided(size, 0.0):
         return Finding("undecided", f"{what}. {why} This is the control {control}{at}.")
-    if effect_low <= abs(size):
+    if reach <= abs(size):
         most = f"{at}, the largest{anywhere}," if n_layers > 1 else ","
         return Finding(
             "not shown",
             f"{what}. NOT SHOWN: the control {control} of the same norm has an effect of {size:+.3f}{most} which the interval "
             "does not exceed.",
         )
+    said = "OPPOSITE, beyond" if best["effect_high"] < 0 else "Beyond"
+    where = f", at layer {largest['layer']}," if n_layers > 1 else ""
     return Finding(
-        "beyond controls",
-        f"{what}. Beyond every control of the same norm{anywhere}; the largest is {control}{at and f',{at},'} at {size:+.3f}.",
+        "opposite" if best["effect_high"] < 0 else "beyond controls",
+        f"{what}. {said} every control of the same norm{anywhere}; the largest is {control}{where} at {size:+.3f}.",
     )

@@ -85,7 +85,7 @@ def needs(study: Study, claim: int, behaviour: str) -> tuple[str, ...]:
     if claim == 10 and not first:  # all vectors, at the first one's layer
         return ("vectors",)
     own = ("vectors", "layer") if study.layer is None or claim == 1 else ("vectors",)
-    return (*own, "dose") if claim in (1, 2) else own
+    return (*own, "dose") if claim in (1, 2, 4, 6) else own
 
 
 def own(study: Study, claim: int, behaviour: str, of: dict[str, Pieces], n_layers: int) -> float:

@@ -18,8 +18,8 @@ Status = Literal["holds", "not shown", "null", "opposite", "mixed", "cannot tell
 
 MEANINGS: Mapping[Status, str] = {
     "holds": "what stands under the claim as 'Holds where' was found",
-    "not shown": "it points the claim's way, but short of 'Holds where': a control of the same norm does as much, none was run, "
-    "the interval is too wide, or the items are too few to have one",
+    "not shown": "short of 'Holds where', though not null: a control of the same norm does as much, either way, none was run, the "
+    "interval is too wide, or the items are too few to have one",
     "null": "no effect was found: the interval includes zero",
     "opposite": "the reverse was found: the interval lies on the other side of zero; in claim 5, harm beyond every control; in "
     "claim 8, logits that differ",
