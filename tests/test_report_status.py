@@ -226,6 +226,13 @@ def test_a_wide_interval_shows_nothing():
         assert f"No harm shown, but one of up to 0.300 is compatible, above the limit of {limit}." in words
 
 
+def test_values_that_are_not_finite_show_nothing():
+    nothing = float("nan"), float("nan")
+    status, words = on_capability("x", measured("loss", [nothing, (0.0, 0.01)], p_value=float("nan")))
+    assert status == "not shown"
+    assert "NOT MEASURABLE" in words
+
+
 def test_a_few_unchanged_answers_show_little():
     table = measured("accuracy", [(0.0, 0.0), (0.0, 0.0)], p_value=1.0)
     assert on_capability("x", table)[0] == "holds"

@@ -21,6 +21,7 @@ from caa_lens.experiments.capability import ALPHA, capability, text_loss
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.section import Section
 from caa_lens.experiments.report.status import Status, of_interval, together, written
+from caa_lens.experiments.statistics import why_undecided
 from caa_lens.pairs import PairSet
 from caa_lens.sources import load_pairs
 
@@ -94,6 +95,8 @@ def on_capability(name: str, table: pd.DataFrame) -> tuple[Status, str]:
 
 def _harm(row: Mapping[str, Any], controls: pd.DataFrame) -> tuple[Status, str]:
     """What one change says of the claim that there is no harm."""
+    if why := why_undecided(row["change"], row["change_low"]):
+        return "not shown", why
     sign = 1 if row["measure"] == "loss" else -1
     low, high = sorted((sign * row["change_low"], sign * row["change_high"]))
     if of_interval(low, high) == "holds" and row["p_value"] < ALPHA:
