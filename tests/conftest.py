@@ -11,11 +11,13 @@ with install_import_hook("caa_lens", "typecheck.check"):
     import caa_lens as caa
     import caa_lens.cli
 
+import threading
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
+from judge_server import Endpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -172,3 +174,30 @@ def embedded():
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture
+def no_access(monkeypatch):
+    """No key of a judge and no endpoint but the test's own, and no proxy before it."""
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def serve():
+    """Starts endpoints of judges, and ends them."""
+    started = []
+
+    def start(reply):
+        server = Endpoint(reply)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        started.append((server, thread))
+        return server
+
+    yield start
+    for server, thread in started:
+        server.shutdown()
+        thread.join()
+        server.server_close()

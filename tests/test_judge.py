@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from judge_server import Act, Endpoint
+from judge_server import Act
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import caa_lens as caa
@@ -32,31 +32,7 @@ from caa_lens.experiments.statistics import interval_alpha
 RUBRIC = caa.Rubric("level", "Rate the level that the answer states.", low="It states 0.", high="It states 10.")
 
 
-@pytest.fixture(autouse=True)
-def no_access(monkeypatch):
-    """No key and no endpoint but the test's own, and no proxy before it."""
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-@pytest.fixture
-def serve():
-    """Starts endpoints, and ends them."""
-    started = []
-
-    def start(reply):
-        server = Endpoint(reply)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        started.append((server, thread))
-        return server
-
-    yield start
-    for server, thread in started:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+pytestmark = pytest.mark.usefixtures("no_access")
 
 
 def asking(server, **options):

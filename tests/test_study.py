@@ -2,7 +2,6 @@
 
 import re
 import sys
-import threading
 import time
 from dataclasses import replace
 from importlib import import_module
@@ -10,7 +9,7 @@ from importlib import import_module
 import pandas as pd
 import pytest
 from conftest import fixture_path, tiny_llama
-from judge_server import Act, Endpoint
+from judge_server import Act
 
 import caa_lens as caa
 from caa_lens.cli import main
@@ -29,6 +28,7 @@ from caa_lens.experiments.report import lab as labs
 from caa_lens.experiments.report.latex import latex
 from caa_lens.experiments.report.section import read_section
 
+pytestmark = pytest.mark.usefixtures("no_access")
 estimating = import_module("caa_lens.experiments.report.estimate")  # the package has a function of this name
 
 
@@ -54,31 +54,6 @@ def small(tmp_path_factory, byte_tokenizer):
         examples=1,
         capability=2,
     )
-
-
-@pytest.fixture(autouse=True)
-def no_access(monkeypatch):
-    """No key and no endpoint but a test's own, and no proxy before it."""
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-@pytest.fixture
-def endpoint():
-    """Starts an endpoint, and ends it."""
-    started = []
-
-    def start(reply):
-        server = Endpoint(reply)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        started.append(server)
-        return server
-
-    yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
 
 
 def quietly(study, folder):
@@ -247,14 +222,14 @@ def test_what_makes_a_study_another_one(small, tmp_path, monkeypatch):
     assert len({study.signature for study in spelled}) == 1
 
 
-def test_judgements_that_failed_are_asked_for_again(small, endpoint, tmp_path, monkeypatch):
+def test_judgements_that_failed_are_asked_for_again(small, serve, tmp_path, monkeypatch):
     broken = []
 
     def reply(text, attempt):
         broken[:] = broken or [text]
         return Act(status=500, body={}) if [text] == broken else Act("7")
 
-    server = endpoint(reply)
+    server = serve(reply)
     asked = caa.OpenAIJudge("m", base_url=server.url, retries=0, backoff=0, concurrency=1)
     monkeypatch.setattr(claim_answers, "judge_from", lambda spec: asked)
     study = replace(small, claims=(3,), judge="openai:m")
