@@ -71,7 +71,7 @@ def test_under_every_way_of_prompting(none, few_shot, status, said):
             UP,
             UP,
             "holds",
-            "score moves its way, by +0.300 [+0.200, +0.400] (accuracy 50% to 70%); on top of it",
+            "score moves its way, by +0.300 [+0.200, +0.400] (that side is the likelier one in 50% of pairs before, 70% of pairs after)",
         ),
         ("negative", DOWN, UP, "holds", "score moves its way, by -0.300"),
         ("positive", DOWN, DOWN, "opposite", "score moves the other way, by -0.300"),
@@ -105,7 +105,7 @@ def test_no_more_than_the_vector_beside_its_controls():
         assert words.endswith(reservation(LETTER))
         rows = [effect(ends, layer=0, own=False), effect(UP, layer=9, own=True)]
         status, words = elsewhere(pd.DataFrame(rows), LETTER)
-        assert status == others
+        assert status == "not shown"
         assert words.endswith(reservation(LETTER))
 
 
@@ -138,7 +138,7 @@ def test_all_fine_tunings_together():
             "effect is +0.050 [-0.100, +0.200] nats per unit of multiplier, not told from zero",
         ),
         (DOWN, [DOWN, DOWN], "opposite", "multiplier, below zero; used"),
-        (NONE, [UP, UP], "mixed", "multiplier, not told from zero; used"),
+        (NONE, [UP, UP], "null", "multiplier, not told from zero; used"),
         (UP, [], "not shown", "at the 0 other layers tried"),
     ],
 )
@@ -197,15 +197,15 @@ def test_no_harm_names_the_harm_that_is_compatible():
     assert status == "holds"
     assert words.split("\n") == [
         "mmlu, layer 3, multiplier -1: accuracy 0.710 -> 0.700, change -0.010 [-0.050, +0.030], p = 0.01, n = 40. "
-        "No harm shown; one of up to 0.050 is compatible, within the limit of 0.1.",
+        "No harm shown; one of up to 0.050 is compatible, within the limit of 0.05.",
         "mmlu, layer 3, multiplier +1: accuracy 0.675 -> 0.700, change +0.025 [+0.010, +0.040], p = 0.01, n = 40. "
-        "No harm shown; one of up to 0.000 is compatible, within the limit of 0.1.",
+        "No harm shown; one of up to 0.000 is compatible, within the limit of 0.05.",
     ]
     assert on_capability("prose", measured("loss", [(-0.05, 0.1), (-0.3, -0.2)]))[0] == "holds"
 
 
 @pytest.mark.parametrize(
-    ("measure", "worse"), [("accuracy", (-0.09, -0.03)), ("loss", (0.03, 0.09))], ids=["accuracy", "loss"]
+    ("measure", "worse"), [("accuracy", (-0.09, -0.03)), ("loss", (0.05, 0.15))], ids=["accuracy", "loss"]
 )
 def test_harm_is_compared_with_the_harm_of_controls(measure, worse):
     sign, fine = (1 if measure == "loss" else -1), (-0.02, 0.02)
@@ -216,11 +216,14 @@ def test_harm_is_compared_with_the_harm_of_controls(measure, worse):
     status, words = on_capability("x", measured(measure, [fine, worse], [-0.5 * sign, 0.05 * sign]))
     assert status == "mixed"
     assert f"a control of the same norm does as much: 'random-1' at +1, with a change of {0.05 * sign:+.3f}." in words
-    assert on_capability("x", measured(measure, [fine, worse], p_value=0.2))[0] == "holds"
+    assert on_capability("x", measured(measure, [fine, worse], p_value=0.2))[0] == "not shown"
+    status, words = on_capability("x", measured(measure, [fine, (0.01 * sign, 0.01 * sign)], [0.5 * sign]))
+    assert status == "holds"
+    assert "A slight harm, of up to 0.010, within the limit of 0." in words
 
 
 def test_a_wide_interval_shows_nothing():
-    for measure, limit in (("accuracy", "0.1"), ("loss", "0.25")):
+    for measure, limit in (("accuracy", "0.05"), ("loss", "0.1")):
         status, words = on_capability("x", measured(measure, [(-0.3, 0.3), (-0.02, 0.02)]))
         assert status == "not shown"
         assert f"No harm shown, but one of up to 0.300 is compatible, above the limit of {limit}." in words
@@ -235,7 +238,7 @@ def test_values_that_are_not_finite_show_nothing():
 
 def test_a_few_unchanged_answers_show_little():
     table = measured("accuracy", [(0.0, 0.0), (0.0, 0.0)], p_value=1.0)
-    assert on_capability("x", table)[0] == "holds"
+    assert on_capability("x", table.assign(n=100))[0] == "holds"
     status, words = on_capability("x", table.assign(n=3))
     assert status == "not shown"
     assert "one of up to 0.632 is compatible" in words
@@ -272,8 +275,8 @@ def test_under_every_system_prompt_and_with_every_step():
     assert of(BEYOND, BEYOND) == (
         "holds",
         f"System prompt 'none': {BEYOND.words}\nSystem prompt 'positive': {BEYOND.words}\n"
-        "From one multiplier to the next, without a system prompt, the change of the mean score lies above zero at 1, not told "
-        "from zero at 1.",
+        "Of 2 steps from one multiplier to the next, without a system prompt, the change of the mean score is above zero at 1, "
+        "not told from zero at 1.",
     )
     assert of(BEYOND, null)[0] == of(null, BEYOND)[0] == "mixed"
     assert of(null, LETTER)[0] == of(LETTER, LETTER)[0] == "not shown"

@@ -130,10 +130,11 @@ def on_tuned(row: Mapping[str, Any], finding: Finding) -> tuple[Status, str]:
     on_top = of_interval(row["effect_low"], row["effect_high"])
     way = {"holds": "moves its way", "null": "is not shown to move", "opposite": "moves the other way"}[moved]
     shown = capped(on_top, finding)
-    accuracy = f"{row['held_out_accuracy_before']:.0%} to {row['held_out_accuracy_after']:.0%}"
+    before, after = (f"{row[f'held_out_accuracy_{when}']:.0%} of pairs {when}" for when in ("before", "after"))
     return shown if moved == "holds" else together([moved, shown]), (
         f"{row['behaviour']}, tuned towards the {row['side']} side ({row['method']}, {row['trainable']:,} of "
-        f"{row['parameters']:,} parameters): the held-out score {way}, by {written(row, 'change')} (accuracy {accuracy}); "
+        f"{row['parameters']:,} parameters): the held-out score {way}, by {written(row, 'change')} "
+        f"(that side is the likelier one in {before}, {after}); "
         f"on top of it the vector has an effect of {written(row)} nats per unit of multiplier, {PLACES[on_top]}."
     )
 

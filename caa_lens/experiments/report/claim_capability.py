@@ -2,9 +2,9 @@
 
     harm = -change of an accuracy, or +change of a loss        of the vector, and of each control at the same layer and |multiplier|
 
-A harm counts where the interval lies above zero and the permutation test agrees. Where none does, the interval's upper end says how
-large a harm is still compatible; only up to `LIMIT` is that barely touched. Where no answer changed, the interval has no width, and
-the end is the share 1 - 0.05^(1/n), which leaves n questions untouched with a chance of 5%. A control that helps is no excuse for
+A harm is shown where the interval lies above zero and the permutation test agrees. The interval's upper end says how large a harm
+is compatible; up to `LIMIT` that is barely touched, shown or not. Where no answer changed, the interval has no width, and the end
+is the share 1 - 0.05^(1/n), which leaves n questions untouched with a chance of 5%. A control that helps is no excuse for
 a vector that harms: controls count by their harm, not by the size of their change.
 """
 
@@ -25,8 +25,8 @@ from caa_lens.experiments.statistics import why_undecided
 from caa_lens.pairs import PairSet
 from caa_lens.sources import load_pairs
 
-LIMIT = {"accuracy": 0.1, "loss": 0.25}
-"""The largest harm, as a share of answers or in nats per token, that may stay compatible where a capability is barely touched."""
+LIMIT = {"accuracy": 0.05, "loss": 0.1}
+"""The largest harm, as a share of answers or in nats per token, that may be compatible where a capability is barely touched."""
 
 WORST: Sequence[Status] = ("opposite", "mixed", "not shown", "holds")
 
@@ -99,7 +99,10 @@ def _harm(row: Mapping[str, Any], controls: pd.DataFrame) -> tuple[Status, str]:
         return "not shown", why
     sign = 1 if row["measure"] == "loss" else -1
     low, high = sorted((sign * row["change_low"], sign * row["change_high"]))
-    if of_interval(low, high) == "holds" and row["p_value"] < ALPHA:
+    limit, shown = LIMIT[row["measure"]], of_interval(low, high) == "holds" and row["p_value"] < ALPHA
+    if shown and high <= limit:
+        return "holds", f"A slight harm, of up to {high:.3f}, within the limit of {limit:g}."
+    if shown:
         harms = sign * controls["change"]
         if harms.empty or low > max(0.0, harms.max()):
             beyond = (
@@ -107,7 +110,6 @@ def _harm(row: Mapping[str, Any], controls: pd.DataFrame) -> tuple[Status, str]:
             )
             return "opposite", f"HARM, beyond every control: {beyond}."
         return "mixed", f"HARM, but a control of the same norm does as much: {_named(controls.loc[harms.idxmax()])}."
-    limit = LIMIT[row["measure"]]
     if row["measure"] == "accuracy" and low == high:
         high = 1 - 0.05 ** (1 / row["n"])
     if high > limit:

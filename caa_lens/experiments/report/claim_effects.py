@@ -111,7 +111,8 @@ def by_system(findings: Mapping[str, Finding], rises: pd.DataFrame) -> tuple[Sta
     counts = ", ".join(f"{PLACES[place]} at {places.count(place)}" for place in PLACES if place in places)
     lines = [f"System prompt {name!r}: {finding.words}" for name, finding in findings.items()]
     lines.append(
-        f"From one multiplier to the next, without a system prompt, the change of the mean score lies {counts}."
+        f"Of {len(places)} steps from one multiplier to the next, without a system prompt, the change of the mean score is "
+        f"{counts}."
     )
     status = together(OF_FINDING[finding.status] for finding in findings.values())
     return "mixed" if status == "holds" and "opposite" in places else status, "\n".join(lines)

@@ -92,9 +92,9 @@ def elsewhere(effects: pd.DataFrame, finding: Finding) -> tuple[Status, str]:
 
 
 def _most(elsewhere: Sequence[Status], at_home: Status) -> Status:
-    """Where a vector works at home, the claim is of the other layers, and holds at most of them."""
+    """The claim is of a vector that works at home: of the other layers then, and it holds at most of them."""
     if at_home != "holds":
-        return together([at_home, *elsewhere])
+        return at_home
     working = sum(found == "holds" for found in elsewhere)
     if working:
         return "holds" if 2 * working > len(elsewhere) else "mixed"

@@ -85,8 +85,8 @@ CLAIMS = (
         5,
         "Capability",
         "What the model knows, and how well it predicts text, is barely touched.",
-        "no harm was found in any capability, at either multiplier, and none is compatible with the intervals that is larger "
-        "than 10% of answers or 0.25 nats per token.",
+        "no harm is compatible with the intervals, in any capability at either multiplier, that is larger than 5% of answers or "
+        "0.1 nats per token.",
         capabilities,
     ),
     Claim(
