@@ -71,7 +71,7 @@ def test_under_every_way_of_prompting(none, few_shot, status, said):
             UP,
             UP,
             "holds",
-            "score moves its way, by +0.300 [+0.200, +0.400] (that side is the likelier one in 50% of pairs before, 70% of pairs after)",
+            "score moves its way, by +0.300 [+0.200, +0.400] (that side is the likelier one in 50% of pairs before, 70%",
         ),
         ("negative", DOWN, UP, "holds", "score moves its way, by -0.300"),
         ("positive", DOWN, DOWN, "opposite", "score moves the other way, by -0.300"),
