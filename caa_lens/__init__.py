@@ -17,7 +17,8 @@ from caa_lens.errors import CaaLensError, CaaLensWarning, EndpointError, InputEr
 from caa_lens.experiments.answer_set import AnswerSet, known_answers
 from caa_lens.experiments.answers import answers
 from caa_lens.experiments.baselines import AdditivityResult, additivity, few_shot, prompting
-from caa_lens.experiments.capability import CapabilityResult, capability, text_loss
+from caa_lens.experiments.capability import capability, text_loss
+from caa_lens.experiments.capability_result import CapabilityResult
 from caa_lens.experiments.controls import learning_curve
 from caa_lens.experiments.finetuning import finetune
 from caa_lens.experiments.generalisation import TransferResult, transfer

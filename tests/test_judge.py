@@ -21,11 +21,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import caa_lens as caa
 from caa_lens.experiments.judge import judge
-from caa_lens.experiments.judges import endpoint as endpoint_module
 from caa_lens.experiments.judges.base import Case, Judgement
-from caa_lens.experiments.judges.endpoint import FORM, INSTRUCTION, read_reply
+from caa_lens.experiments.judges.endpoint import FORM, INSTRUCTION
 from caa_lens.experiments.judges.local import BLANK
 from caa_lens.experiments.judges.local import FORM as LOCAL_FORM
+from caa_lens.experiments.judges.replies import read_reply, retry_after
 from caa_lens.experiments.rubric import rubric_for
 from caa_lens.experiments.statistics import interval_alpha
 
@@ -396,11 +396,11 @@ def test_access(serve, monkeypatch):
 
 
 def test_waits():
-    assert endpoint_module._retry_after(None) == 0
-    assert endpoint_module._retry_after("1.5") == 1.5
-    assert endpoint_module._retry_after("soon") == 0
-    assert endpoint_module._retry_after("Mon, 01 Jan 2024 00:00:00 GMT") == 0
-    assert endpoint_module._retry_after("Fri, 01 Jan 2100 00:00:00 GMT") > 1e9
+    assert retry_after(None) == 0
+    assert retry_after("1.5") == 1.5
+    assert retry_after("soon") == 0
+    assert retry_after("Mon, 01 Jan 2024 00:00:00 GMT") == 0
+    assert retry_after("Fri, 01 Jan 2100 00:00:00 GMT") > 1e9
 
 
 def by_hand(model, rubric, question, answer):

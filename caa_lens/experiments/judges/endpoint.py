@@ -17,13 +17,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from caa_lens.errors import EndpointError, InputError, MissingError
 from caa_lens.experiments.judges.base import Case, Judgement
-from caa_lens.experiments.judges.replies import read_reply
+from caa_lens.experiments.judges.replies import read_reply, retry_after
 from caa_lens.experiments.rubric import Rubric
 
 INSTRUCTION = (
@@ -284,22 +282,7 @@ class _Run:
         if code == "insufficient_quota":
             raise EndpointError(f"{self.of.name} has no quota left for this key ({said}).")
         if status in (408, 409, 429) or status >= 500:
-            raise _Transient(said, _retry_after(error.response.headers.get("retry-after")))
+            raise _Transient(said, retry_after(error.response.headers.get("retry-after")))
         if status in NOT_TAKEN:
             raise _NotTaken(said)
         raise self._takes_nothing(said)
-
-
-def _retry_after(header: str | None) -> float:
-    """Seconds to wait, from a number or a date; 0 where there is neither."""
-    if header is None:
-        return 0.0
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        when = parsedate_to_datetime(header)
-    except ValueError:
-        return 0.0
-    return max(0.0, (when.astimezone(timezone.utc) - datetime.now(timezone.utc)).total_seconds())

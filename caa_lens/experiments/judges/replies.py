@@ -1,4 +1,4 @@
-"""What a judge's words say.
+"""What a judge's replies say: its words, and how long it asks to wait.
 
 A reply counts as a score only if it is a number from 0 to 10 and nothing else (`7`, `7.5`, `Score: 7`, `7/10`); a refusal or
 anything else is recorded as such.
@@ -7,6 +7,8 @@ anything else is recorded as such.
 from __future__ import annotations
 
 import re
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 
 from caa_lens.experiments.judges.base import Judgement
 from caa_lens.experiments.rubric import HIGHEST
@@ -37,3 +39,18 @@ def read_reply(reply: str) -> Judgement:
     if found and float(found[1]) <= HIGHEST:
         return Judgement("scored", float(found[1]), reply)
     return Judgement("refused" if _REFUSAL.match(said) else "malformed", None, reply)
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds to wait, from a number or a date; 0 where there is neither."""
+    if header is None:
+        return 0.0
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        when = parsedate_to_datetime(header)
+    except ValueError:
+        return 0.0
+    return max(0.0, (when.astimezone(timezone.utc) - datetime.now(timezone.utc)).total_seconds())

@@ -17,7 +17,8 @@ from typing import Any
 
 import pandas as pd
 
-from caa_lens.experiments.capability import ALPHA, capability, text_loss
+from caa_lens.experiments.capability import capability, text_loss
+from caa_lens.experiments.capability_result import ALPHA
 from caa_lens.experiments.report.lab import Lab
 from caa_lens.experiments.report.section import Section
 from caa_lens.experiments.report.status import Status, of_interval, together, written
