@@ -12,6 +12,7 @@ from caa_lens.hooks import template_for
 from caa_lens.models import Model, ModelInfo, check_layers, describe, tokenizer_of, weight_basis
 from caa_lens.pairs import PairSet
 from caa_lens.prompts import EncodedPair, Prompt, Template
+from caa_lens.provenance import bare_name
 
 Read = Literal["answer", "completion_mean", "last"] | int
 
@@ -32,7 +33,7 @@ class ExtractionPlan:
     @property
     def signature(self) -> str:
         """Digest of everything but the model's state that the activations depend on, and of how they are cut into batches."""
-        name = self.info.name.rsplit("/", 1)[-1].lower()
+        name = bare_name(self.info.name)
         pairs = [[pair.prompt, pair.positive, pair.negative] for pair in self.pairs]
         ids = [[both.positive.ids, both.negative.ids] for both in self.encoded]
         return digest([name, self.basis, pairs, ids, self.layers, self.read, self.template.hash, self.batches])

@@ -8,9 +8,14 @@ from dataclasses import dataclass, field, fields
 from caa_lens.errors import InputError
 
 
+def bare_name(model: str) -> str:
+    """A model's name without organisation and case."""
+    return model.rsplit("/", 1)[-1].lower()
+
+
 def same_model(name: str, other: str) -> bool:
     """Whether two names are of one model: they agree, organisation and case aside."""
-    return name.rsplit("/", 1)[-1].lower() == other.rsplit("/", 1)[-1].lower()
+    return bare_name(name) == bare_name(other)
 
 
 @dataclass(frozen=True)

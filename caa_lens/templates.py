@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from caa_lens.errors import InputError
 from caa_lens.prompts import Message, Template
+from caa_lens.provenance import bare_name
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Plain(Template):
 
 def default_template(model_name: str, tokenizer: Any) -> Template:
     """The template of a model that names none: Llama-2's own forms, else the chat template, else `Plain`."""
-    name = model_name.rsplit("/", 1)[-1].lower()
+    name = bare_name(model_name)
     if name.startswith("llama-2"):
         return Llama2Chat() if "chat" in name else Llama2Base()
     return ChatTemplate() if getattr(tokenizer, "chat_template", None) else Plain()

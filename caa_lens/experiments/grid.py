@@ -133,9 +133,8 @@ class _Runner:
         def run_some(chunk: Sequence[Branch]) -> list[Tensor]:
             return run_branches(self.model, tokens, mask, chunk, readout, at=at, past=past)
 
-        found = self.branches_together.map(
-            run_some, branches, size=tokens.numel()
-        )  # one [text, target] tensor a branch
+        # One [text, target] tensor a branch.
+        found = self.branches_together.map(run_some, branches, size=tokens.numel())
         counts = [sum(len(ids) for _, ids in text.targets) for text in texts]
         whole = torch.stack(found)
         return [whole[:, row, :count].clone() for row, count in enumerate(counts)]

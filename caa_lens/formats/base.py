@@ -17,7 +17,7 @@ from torch import Tensor
 
 from caa_lens.errors import InputError
 from caa_lens.models import describe, weight_basis
-from caa_lens.provenance import Provenance
+from caa_lens.provenance import Provenance, bare_name, same_model
 from caa_lens.vector import SteeringVector
 from caa_lens.vector_set import VectorSet
 
@@ -67,7 +67,7 @@ class Given:
         Raises:
             InputError: the model's name or depth is not known, or another model was given.
         """
-        if model is not None and self.model is not None and short(model) != short(self.model):
+        if model is not None and self.model is not None and not same_model(model, self.model):
             raise _other_model(where, model, self.model)
         name = self.model or model
         if name is None:
@@ -95,7 +95,7 @@ class Given:
             MissingError: they lack the layer.
         """
         model = vectors.provenance.model
-        if self.model is not None and short(model) != short(self.model):
+        if self.model is not None and not same_model(model, self.model):
             raise _other_model(where, model, self.model)
         return self.chosen(vectors)
 
@@ -136,11 +136,6 @@ def parts(vectors: VectorSet) -> dict[str, str]:
     return {part: text for part, text in found.items() if text}
 
 
-def short(model: str) -> str:
-    """A model's name without its organisation, as names are compared."""
-    return model.rsplit("/", 1)[-1].lower()
-
-
 def safe_name(text: str) -> str:
     """`text` as one component of a path: `ab/refusal` becomes `ab-refusal`."""
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.")[:100] or "vector"
@@ -178,5 +173,5 @@ def _other_model(where: object, theirs: str, given: str) -> InputError:
 
 
 def _known_layers(model: str) -> int | None:
-    found = re.match(r"llama-2-(\d+b)(-|$)", short(model))
+    found = re.match(r"llama-2-(\d+b)(-|$)", bare_name(model))
     return LLAMA_2_LAYERS.get(found[1]) if found else None

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from caa_lens.errors import CaaLensWarning, InputError
 from caa_lens.files import atomic_path
-from caa_lens.formats.base import Given, one_set, plain_vector, safe_name, short
+from caa_lens.formats.base import Given, one_set, plain_vector, safe_name
 from caa_lens.formats.torch_files import read_torch
+from caa_lens.provenance import same_model
 from caa_lens.vector_set import VectorSet
 
 VECTOR = re.compile(r"vec_layer_([0-9]{1,5})_(.+)\.pt")
@@ -103,7 +104,7 @@ def load_caa_activations(
         for file in sorted(Path(folder).glob("activations_*.pt"))
         if (name := ACTIVATIONS.fullmatch(file.name))
     }
-    models = sorted({key[0] for key in found if model is None or short(key[0]) == short(model)})
+    models = sorted({key[0] for key in found if model is None or same_model(key[0], model)})
     if len(models) != 1:
         raise InputError(
             f"{folder} holds activations_<pos|neg>_<layer>_<model>.pt of {', '.join(models) or 'no such model'}; give the folder "
@@ -149,7 +150,7 @@ def _of_model(folder: Path, given: Given) -> list[Path]:
     for file in sorted(folder.iterdir()):
         if name := VECTOR.fullmatch(file.name):
             found.setdefault(name[2], {})[int(name[1])] = file
-    models = [model for model in found if given.model is None or short(model) == short(given.model)]
+    models = [model for model in found if given.model is None or same_model(model, given.model)]
     if len(models) != 1:
         raise InputError(
             f"{folder} holds vectors of {', '.join(found)}{f', not of {given.model}' if given.model else ''}; name one of them as "
